@@ -1,0 +1,46 @@
+# Two commands do everything on a machine with Python >= 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := src tests benchmarks
+
+.PHONY: demo test check fix starter wheel docs clean
+
+demo: $(VENV)/installed  ## train, evaluate and generate on text inside your own Python: about two minutes
+	$(BIN)/seedbed demo
+
+test: $(VENV)/installed-dev  ## the whole test suite, offline
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(VENV)/installed-dev  ## what must be clean before a commit: format, lint, types
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+
+fix: $(VENV)/installed-dev  ## format, and mend what the linter can
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+starter: $(VENV)/installed-dev  ## the tests that need a real pretrained model (downloads 93 MB once)
+	$(PIP) gguf
+	$(BIN)/python tests/starter.py .starter
+	SEEDBED_STARTER=.starter $(BIN)/python -m pytest -m starter
+
+docs: $(VENV)/installed-dev  ## the page of all options, made from the code
+	$(BIN)/python -m seedbed.cli.reference > docs/options.md
+
+wheel: $(VENV)/installed-dev  ## a wheel in dist/
+	$(BIN)/python -m build --wheel
+
+clean:  ## everything that was made here, but not your runs
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .starter
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) -e ".[dev]"
+	touch $@

@@ -1,0 +1,163 @@
+"""seedbed without a shell: train, load, generate, evaluate.
+
+import seedbed
+
+run = seedbed.pretrain(data="python-docs", model="tiny", max_steps=300)
+model = seedbed.load(run.path)
+print(model.generate("The list", max_new_tokens=40))
+print(model.evaluate("held_out.txt").bits_per_byte)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, overload
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from seedbed.checkpoint import find_model, load_model
+from seedbed.config import Layer, SamplingOptions, read_config_file, resolve
+from seedbed.data import open_source
+from seedbed.device import pick_device
+from seedbed.errors import ConfigError
+from seedbed.evaluate import Evaluation, evaluate
+from seedbed.generate import generate
+from seedbed.model.decoder import Decoder
+from seedbed.text.tokenizer import Tokenizer
+from seedbed.train.pretrain import pretrain as run_pretraining
+
+CALL = "the call"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or stopped run: its folder, how it ended, and the figures of its `metrics.json`."""
+
+    path: Path
+    status: str
+    exit_code: int
+    metrics: dict[str, Any]
+
+    def load(self) -> LanguageModel:
+        """The run's best model, or its last where nothing was held out."""
+        return load(self.path)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model with its tokenizer, from any checkpoint, run or transformers folder. Made by `load`."""
+
+    path: Path
+    decoder: Decoder
+    tokenizer: Tokenizer
+
+    @overload
+    def generate(self, prompts: str, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]: ...
+
+    def generate(self, prompts: str | Sequence[str], **options: Any) -> str | list[str]:
+        """What the model writes after each prompt; options as `seedbed generate` has them.
+
+        Raises:
+            ConfigError: an unknown option or value, or a prompt longer than the context.
+        """
+        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        completions = generate(self.decoder, self.tokenizer, several, _sampling(options))
+        texts = [completion.text for completion in completions]
+        return texts[0] if isinstance(prompts, str) else texts
+
+    def evaluate(
+        self, data: str, *, max_seq_len: int | None = None, stride: int | None = None, document: str = "file"
+    ) -> Evaluation:
+        """How well the model predicts a text: nats per token, perplexities, bits per byte.
+
+        Args:
+            data: a file, folder, glob or named source.
+            max_seq_len: tokens predicted in one window; by default what the model allows, at most 1024.
+            stride: tokens between windows; smaller gives each token more context and takes longer.
+            document: what separates documents, as `--document` has it.
+        """
+        source = open_source(data, document=_document_rule(data, document))
+        length = max_seq_len or min(1024, self.decoder.config.max_seq_len)
+        return evaluate(self.decoder, self.tokenizer, source.documents(), max_seq_len=length, stride=stride)
+
+
+class Trainer:
+    """A run as an object: set options, train, then evaluate and generate with the result.
+
+    trainer = seedbed.Trainer(data="book.txt", model="tiny", epochs=3)
+    trainer.train()
+    print(trainer.evaluate("other_book.txt").token_ppl)
+    print(trainer.generate("Once upon a time", temperature=0.7))
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.run: Run | None = None
+        self.model: LanguageModel | None = None
+
+    def train(self) -> Run:
+        """Train to the end, or go on where an interrupted run stopped; loads the best weights."""
+        self.run = pretrain(**self.options)
+        self.model = self.run.load()
+        return self.run
+
+    def load_model(self, path: str | Path) -> Self:
+        """Use an existing model instead of training one."""
+        self.model = load(path)
+        return self
+
+    def evaluate(self, data: str, **options: Any) -> Evaluation:
+        """See `LanguageModel.evaluate`."""
+        return self._loaded().evaluate(data, **options)
+
+    def generate(self, prompt: str, **options: Any) -> str:
+        """See `LanguageModel.generate`."""
+        return self._loaded().generate(prompt, **options)
+
+    def _loaded(self) -> LanguageModel:
+        if self.model is None:
+            raise ConfigError("the trainer has no model yet; call train() or load_model(path) first")
+        return self.model
+
+
+def pretrain(*, config: str | None = None, quiet: bool = False, **options: Any) -> Run:
+    """Train a model from scratch; options and their defaults as `seedbed pretrain` has them.
+
+    Args:
+        config: a YAML file or a preset's name, beneath the options.
+        quiet: print nothing.
+
+    Raises:
+        SeedbedError: what was wrong, with the remedy; see `seedbed.errors`.
+    """
+    layers = [read_config_file(config)] if config else []
+    outcome = run_pretraining(resolve("scratch", [*layers, Layer(CALL, options)]), Console(quiet=quiet))
+    return Run(outcome.path, outcome.summary["status"], outcome.exit_code, outcome.summary)
+
+
+def load(path: str | Path, device: str = "auto") -> LanguageModel:
+    """The model in a checkpoint, a run folder (its best), or a transformers folder.
+
+    Raises:
+        ConfigError: no such folder.
+        CheckpointError: a damaged or incomplete one.
+    """
+    decoder, tokenizer = load_model(path)
+    return LanguageModel(find_model(path), decoder.to(pick_device(device)).eval(), tokenizer)
+
+
+def _sampling(options: dict[str, Any]) -> SamplingOptions:
+    try:
+        return SamplingOptions(**options)
+    except ValidationError as error:
+        raise ConfigError([f"{detail['loc'][0]}: {detail['msg']}" for detail in error.errors()]) from None
+
+
+def _document_rule(data: str, document: str) -> str:
+    """Rows of tables and the documents of named sources are what they are; plain files are read whole."""
+    return document if Path(data).is_file() and Path(data).suffix not in (".jsonl", ".parquet") else "auto"

@@ -1,0 +1,295 @@
+"""Checkpoints on disk: a transformers model folder, and beside it in `seedbed/` what training needs to go on.
+
+    NAME/config.json, model.safetensors, generation_config.json, tokenizer.json, ...
+    NAME/seedbed/state.json             step, tokens, best value, patience, seconds used, ...
+    NAME/seedbed/optimizer.safetensors  the optimizer's tensors by parameter name
+    NAME/seedbed/manifest.json          size and SHA-256 of every other file; written last
+
+A checkpoint is made in a hidden folder, flushed to the disk and renamed into place, so a folder with
+its final name is whole. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from seedbed.errors import CheckpointError, ConfigError, StorageError
+from seedbed.model.decoder import Decoder
+from seedbed.model.weights import load_decoder, save_decoder
+from seedbed.text.tokenizer import Tokenizer
+
+STATE = "seedbed/state.json"
+OPTIMIZER = "seedbed/optimizer.safetensors"
+MANIFEST = "seedbed/manifest.json"
+
+
+def save_checkpoint(
+    folder: Path,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint to `folder`, replacing one that is there only once the new one is whole.
+
+    Raises:
+        StorageError: the disk is full or refuses; `folder` is as it was before.
+    """
+    temporary = _temporary(folder)
+    try:
+        (temporary / "seedbed").mkdir(parents=True)
+        save_decoder(model, temporary, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+        tokenizer.save(temporary)
+        save_file(dict(optimizer), temporary / OPTIMIZER)
+        (temporary / STATE).write_text(json.dumps(state, indent=2, allow_nan=False), encoding="utf-8")
+        _write_manifest(temporary)
+        _commit(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise _storage_error(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def link_checkpoint(source: Path, folder: Path, state: Mapping[str, Any]) -> None:
+    """Save `state` with the model and optimizer of the checkpoint `source`, sharing its files where
+    the file system can, so that one step under two names takes the room of one.
+
+    Raises:
+        StorageError: the disk is full or refuses; `folder` is as it was before.
+    """
+    temporary = _temporary(folder)
+    try:
+        shutil.copytree(source, temporary, copy_function=_link_or_copy)
+        for name in (STATE, MANIFEST):
+            (temporary / name).unlink()
+        (temporary / STATE).write_text(json.dumps(state, indent=2, allow_nan=False), encoding="utf-8")
+        _write_manifest(temporary)
+        _commit(temporary, folder)
+    except (OSError, shutil.Error) as error:
+        raise _storage_error(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def damage(folder: Path) -> list[str]:
+    """What is wrong with the files of a checkpoint, each file named; empty when every byte is right.
+
+    Raises:
+        CheckpointError: it has no readable manifest to check against.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: no {MANIFEST}; a checkpoint of ours has one, a foreign folder cannot be verified"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{folder}: {MANIFEST} is damaged") from None
+    problems = []
+    for name, size, digest in expected:
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name}: missing")
+        elif path.stat().st_size != size:
+            problems.append(f"{name}: {path.stat().st_size} bytes instead of {size}")
+        elif _sha256(path) != digest:
+            problems.append(f"{name}: its bytes have changed since it was written")
+    return problems
+
+
+def newest_intact(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint with the most steps that is whole, and why newer ones were passed over."""
+    remarks: list[str] = []
+    for folder in sorted(_folders(checkpoints), key=_step_of, reverse=True):
+        try:
+            problems = damage(folder)
+        except CheckpointError as error:
+            problems = [str(error)]
+        if not problems:
+            return folder, remarks
+        remarks.append(f"{folder} is damaged ({'; '.join(problems)})")
+    return None, remarks
+
+
+def find_model(path: str | Path) -> Path:
+    """The model folder meant by `path`: itself, or for a run folder its best, final or newest checkpoint.
+
+    Raises:
+        ConfigError: there is no such folder.
+        CheckpointError: a run without a checkpoint, or a folder without a model.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    if not folder.is_dir():
+        raise ConfigError(f"--model {path}: no such folder; expected a model folder, a checkpoint or a run")
+    checkpoints = folder / "checkpoints"
+    for name in ("best", "final"):
+        if (checkpoints / name / "config.json").is_file():
+            return checkpoints / name
+    newest, remarks = newest_intact(checkpoints)
+    if newest is None:
+        why = "; ".join(remarks) or "neither a config.json nor a run's checkpoints"
+        raise CheckpointError(f"{folder}: holds no model ({why})")
+    return newest
+
+
+def load_model(path: str | Path) -> tuple[Decoder, Tokenizer]:
+    """The model and tokenizer of a checkpoint, a run or a transformers folder, every byte of ours checked.
+
+    Raises:
+        CheckpointError: a damaged or incomplete folder.
+        ConfigError: no such folder, or a tokenizer with more tokens than the model.
+    """
+    folder = find_model(path)
+    if (folder / MANIFEST).is_file() and (problems := damage(folder)):
+        raise CheckpointError(f"{folder}: damaged: {'; '.join(problems)}")
+    model, tokenizer = load_decoder(folder), Tokenizer.load(folder)
+    require_match(model, tokenizer, str(folder))
+    return model, tokenizer
+
+
+def require_match(model: Decoder, tokenizer: Tokenizer, name: str) -> None:
+    """Raise ConfigError when `tokenizer` has tokens that the model has no embedding for."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"--tokenizer with {tokenizer.vocab_size} tokens does not match {name}, whose model knows "
+            f"{model.config.vocab_size}; use the tokenizer the model was trained with"
+        )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The training state kept with a checkpoint.
+
+    Raises:
+        CheckpointError: missing or unreadable.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: no readable {STATE}: training cannot go on from it ({error})") from None
+    assert isinstance(state, dict)
+    return state
+
+
+def read_optimizer(folder: Path) -> dict[str, Tensor]:
+    """The optimizer's tensors kept with a checkpoint.
+
+    Raises:
+        CheckpointError: missing or unreadable.
+    """
+    try:
+        return load_file(folder / OPTIMIZER)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: {OPTIMIZER} is not readable: {error}") from None
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Clear what a killed save left behind; put back a checkpoint that was about to be replaced."""
+    for old in checkpoints.glob(".*.old"):
+        final = checkpoints / old.name[1:].removesuffix(".old")
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(final)
+    for temporary in checkpoints.glob(".*.tmp"):
+        shutil.rmtree(temporary)
+
+
+def rotate(checkpoints: Path, kind: str, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints called `KIND-N`; 0 keeps all."""
+    numbered = sorted(checkpoints.glob(f"{kind}-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    for folder in numbered[:-keep] if keep else []:
+        doomed = folder.with_name(f".{folder.name}.tmp")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Raise StorageError when the disk that holds `folder` has less than `num_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise StorageError(
+            f"{folder}: the first checkpoint needs {num_bytes / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free; "
+            "free some space, or choose another --output"
+        )
+
+
+def _temporary(folder: Path) -> Path:
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    return temporary
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _write_manifest(folder: Path) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths
+    }
+    text = json.dumps({"version": 1, "files": files}, indent=2)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _commit(temporary: Path, folder: Path) -> None:
+    """Flush everything, then rename; a folder in the way steps aside first."""
+    for path in [*temporary.rglob("*"), temporary]:
+        _fsync(path)
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    temporary.rename(folder)
+    _fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _storage_error(folder: Path, error: Exception) -> StorageError:
+    free = shutil.disk_usage(folder.parent).free
+    return StorageError(
+        f"{folder}: the checkpoint could not be written ({error}); {free / 1e6:,.0f} MB are free. "
+        "Free some space and run the same command again"
+    )
+
+
+def _folders(checkpoints: Path) -> list[Path]:
+    if not checkpoints.is_dir():
+        return []
+    return [path for path in checkpoints.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+
+def _step_of(folder: Path) -> int:
+    try:
+        return int(read_state(folder)["step"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return -1

@@ -1,0 +1,27 @@
+"""Where a verb's words go: people read standard output, unless a program asked for JSON there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import click
+from rich.console import Console
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+
+
+def make_console(as_json: bool) -> Console:
+    return Console(stderr=as_json)
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    click.echo(json.dumps(result, allow_nan=False))
+
+
+def print_facts(facts: Mapping[str, object]) -> None:
+    """Names and values in two columns."""
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        click.echo(f"{name:<{width}}  {value}")

@@ -1,0 +1,225 @@
+"""Verbs that show what the program sees: tokenizers, data, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from seedbed.cli.console import json_option, make_console, print_facts, print_json
+from seedbed.cli.options import Verb, layers, refuse_unknown, sections
+from seedbed.config import DataOptions, Layer, resolve
+from seedbed.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from seedbed.data import Row
+    from seedbed.text.tokenizer import Tokenizer
+
+
+@click.group()
+def tokenizer() -> None:
+    """Train a tokenizer, or look into one."""
+
+
+@tokenizer.command(
+    "train",
+    cls=Verb,
+    epilog="Example: seedbed tokenizer train --data book.txt --vocab_size 2000 --output tok",
+)
+@click.option(
+    "--type",
+    "kind",
+    default="bpe",
+    metavar="bpe|char",
+    help="Byte-level BPE, or one token a character. [bpe]",
+)
+@click.option("--output", required=True, metavar="FOLDER", help="Where to save it.")
+@json_option
+@sections(DataOptions)
+@click.pass_context
+def train_tokenizer(ctx: click.Context, /, kind: str, output: str, as_json: bool, **_flags: Any) -> None:
+    """Train a tokenizer on the training documents; those that --val_split holds out are never looked at."""
+    if kind not in ("bpe", "char"):
+        raise ConfigError(f"--type {kind}: expected bpe or char")
+    values = layers(ctx, DataOptions.model_fields)[-1].values
+    options = resolve("scratch", [Layer("the command line", {**values, "tokenizer": kind})]).data
+    if kind == "char" and options.vocab_size:
+        raise ConfigError(
+            "--vocab_size has no meaning with --type char: it has as many tokens as the text has characters"
+        )
+    if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
+        raise ConfigError(f"--output {output} is there already and not an empty folder; choose another")
+    from seedbed.text.tokenizer import bytes_per_token
+    from seedbed.train.corpus import make_tokenizer, open_texts
+    from seedbed.train.progress import Display
+
+    texts = open_texts(options)
+    trained = make_tokenizer(options, texts, Display(make_console(as_json), log_every=1))
+    trained.save(Path(output))
+    has_held_out = texts.validation is not None or texts.val_split > 0
+    held_out = bytes_per_token(trained, texts.held_out_documents()) if has_held_out else None
+    facts = {"tokenizer": output, "type": kind, "vocab_size": trained.vocab_size, "bytes_per_token": held_out}
+    if as_json:
+        print_json(facts)
+        return
+    measured = "not measured (nothing held out)" if held_out is None else f"{held_out:.3f} on held-out text"
+    print_facts({"Saved to": output, "Vocabulary": f"{trained.vocab_size:,} tokens", "Bytes per token": measured})
+
+
+@tokenizer.command("show", cls=Verb, epilog="Example: seedbed tokenizer show tok --text 'How is this cut?'")
+@click.argument("folder")
+@click.option("--text", help="Show how this text is cut into tokens.")
+@click.option("--data", help="Measure bytes per token on this text.")
+@json_option
+@click.pass_context
+def show_tokenizer(ctx: click.Context, folder: str, text: str | None, data: str | None, as_json: bool) -> None:
+    """A tokenizer's size and special tokens, and what it makes of a text."""
+    refuse_unknown(ctx)
+    from seedbed.cli.models import open_documents
+    from seedbed.text.tokenizer import Tokenizer, bytes_per_token
+
+    loaded = Tokenizer.load(folder)
+    facts: dict[str, Any] = {
+        "tokenizer": folder,
+        "vocab_size": loaded.vocab_size,
+        "eos_id": loaded.eos_id,
+        "bos_id": loaded.bos_id,
+        "bytes_per_token": bytes_per_token(loaded, open_documents(data)) if data else None,
+    }
+    if text is not None:
+        ids = loaded.encode(text)
+        facts["tokens"] = [{"id": token, "text": loaded.decode([token])} for token in ids]
+    if as_json:
+        print_json(facts)
+        return
+    eos = loaded.decode([loaded.eos_id])
+    shown: dict[str, object] = {
+        "Vocabulary": f"{loaded.vocab_size:,} tokens",
+        "End of text": f"{eos} ({loaded.eos_id})",
+    }
+    if data:
+        shown["Bytes per token"] = f"{facts['bytes_per_token']:.3f} on {data}"
+    print_facts(shown)
+    if text is not None:
+        click.echo(" ".join(f"{token['text']!r}:{token['id']}" for token in facts["tokens"]))
+
+
+@click.group()
+def data() -> None:
+    """Named sources, and what a model will be shown."""
+
+
+@data.command("list", cls=Verb)
+@json_option
+@click.pass_context
+def list_data(ctx: click.Context, /, as_json: bool) -> None:
+    """Sources that --data knows by name."""
+    refuse_unknown(ctx)
+    from seedbed.data.named import NAMED
+
+    rows = [
+        {"name": name, "splits": list(source.splits), "size": source.size, "about": source.about}
+        for name, source in NAMED.items()
+    ]
+    if as_json:
+        print_json({"sources": rows})
+        return
+    for row in rows:
+        click.echo(f"{row['name']:<14}{row['size']:>7}  {', '.join(row['splits']):<26}  {row['about']}")
+
+
+@data.command("show", cls=Verb, epilog="Example: seedbed data show --data book.txt --tokenizer tok --max_seq_len 64")
+@click.option("--num", type=click.IntRange(min=1), default=3, help="How many rows. [3]")
+@json_option
+@sections(DataOptions)
+@click.pass_context
+def show_data(ctx: click.Context, /, num: int, as_json: bool, **_flags: Any) -> None:
+    """The first rows of the first epoch, exactly as a model will see them.
+
+    What is predicted is shown plain, what is only context or padding dimmed, and a bar marks where a document
+    begins: nothing to its right sees anything to its left.
+    """
+    values = layers(ctx, DataOptions.model_fields)[-1]
+    options = resolve("scratch", [values]).data
+    from seedbed.train.corpus import make_tokenizer, open_texts, tokenize
+    from seedbed.train.progress import Display
+
+    console = make_console(as_json)
+    display = Display(console, log_every=1)
+    texts = open_texts(options)
+    loaded = make_tokenizer(options, texts, display)
+    corpus = tokenize(texts, loaded, options, seed=0, display=display)
+    rows = [corpus.rows.row(0, index) for index in range(min(num, len(corpus.rows)))]
+    if as_json:
+        print_json(
+            {
+                "documents": corpus.num_documents,
+                "validation_documents": corpus.validation.num_documents if corpus.validation else 0,
+                "rows": len(corpus.rows),
+                "tokens": corpus.rows.num_targets,
+                "examples": [_row_json(row, loaded) for row in rows],
+            }
+        )
+        return
+    held = corpus.validation.num_documents if corpus.validation else 0
+    console.print(
+        f"{corpus.num_documents:,} training documents, {held:,} held out; {len(corpus.rows):,} rows of "
+        f"{options.max_seq_len} tokens, {corpus.rows.num_targets:,} predicted an epoch",
+        highlight=False,
+    )
+    for number, row in enumerate(rows):
+        predicted = int((row.labels != -100).sum())
+        console.print(
+            f"\nRow {number}: {predicted} of {len(row.labels)} tokens predicted",
+            style="bold",
+            highlight=False,
+        )
+        _print_row(row, loaded, console)
+
+
+def _row_json(row: Row, loaded: Tokenizer) -> dict[str, Any]:
+    return {
+        "input_ids": row.input_ids.tolist(),
+        "labels": row.labels.tolist(),
+        "segment_ids": row.segment_ids.tolist(),
+        "text": loaded.decode(row.input_ids.tolist()),
+    }
+
+
+def _print_row(row: Row, loaded: Tokenizer, console: Console) -> None:
+    """Runs of tokens with one fate are decoded together, so that characters of several tokens stay whole."""
+    starts = [0]
+    for place in range(1, len(row.labels)):
+        new_document = row.segment_ids[place] != row.segment_ids[place - 1]
+        new_fate = (row.labels[place] == -100) != (row.labels[place - 1] == -100)
+        if new_document or new_fate:
+            starts.append(place)
+    text = Text()
+    for start, end in zip(starts, [*starts[1:], len(row.labels)], strict=True):
+        if row.position_ids[start] == 0:
+            text.append("▌", style="bold cyan")
+        masked = row.labels[start] == -100
+        text.append(loaded.decode(row.input_ids[start:end].tolist()), style="dim" if masked else "")
+    console.print(text, soft_wrap=True, highlight=False)
+
+
+@click.command(cls=Verb, epilog="Example: seedbed verify runs/demo/checkpoints/best")
+@click.argument("folder")
+@json_option
+@click.pass_context
+def verify(ctx: click.Context, folder: str, as_json: bool) -> None:
+    """Check every byte of a checkpoint against its manifest."""
+    refuse_unknown(ctx)
+    from seedbed.checkpoint import damage, find_model
+
+    path = find_model(folder)
+    problems = damage(path)
+    if as_json:
+        print_json({"checkpoint": str(path), "intact": not problems, "problems": problems})
+    if problems:
+        raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
+    if not as_json:
+        click.echo(f"{path} is intact")

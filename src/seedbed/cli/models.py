@@ -1,0 +1,209 @@
+"""Verbs that use a model: evaluate and generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from seedbed.cli.console import json_option, make_console, print_facts, print_json
+from seedbed.cli.options import Verb, read_section, refuse_unknown, sections
+from seedbed.config import SamplingOptions, resolve
+from seedbed.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from seedbed.evaluate import Evaluation
+    from seedbed.model.decoder import Decoder
+    from seedbed.text.tokenizer import Tokenizer
+
+DEFAULT_CONTEXT = 1024
+
+model_option = click.option(
+    "--model",
+    required=True,
+    metavar="FOLDER",
+    help="A checkpoint, a run (its best), or any transformers folder.",
+)
+device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps. [auto]")
+
+
+@click.command(cls=Verb, epilog="Example: seedbed evaluate --model runs/demo --data other.txt --stride 128")
+@model_option
+@click.option("--data", help="Text, as for training; by default the documents that the run held out.")
+@click.option("--text_column", default="text", help="Column of JSONL and Parquet rows. [text]")
+@click.option("--document", help="What separates documents in text files. [file]")
+@click.option(
+    "--max_seq_len",
+    type=click.IntRange(min=1),
+    help="Tokens predicted in a window. [the model's, at most 1024]",
+)
+@click.option("--stride", type=click.IntRange(min=1), help="Tokens between windows. [--max_seq_len: no overlap]")
+@click.option("--batch_size", type=click.IntRange(min=1), default=8, help="Windows at a time. [8]")
+@device_option
+@json_option
+@click.pass_context
+def evaluate(
+    ctx: click.Context,
+    /,
+    model: str,
+    data: str | None,
+    text_column: str,
+    document: str | None,
+    max_seq_len: int | None,
+    stride: int | None,
+    batch_size: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Loss, perplexities and bits per byte of a model on text."""
+    refuse_unknown(ctx)
+    from seedbed.checkpoint import load_model
+    from seedbed.device import pick_device
+
+    documents = open_documents(data, text_column, document) if data else held_out_documents(model)
+    decoder, tokenizer = load_model(model)
+    decoder.to(pick_device(device))
+    result = _measure(decoder, tokenizer, documents, make_console(as_json), max_seq_len, stride, batch_size)
+    facts = result.to_json(model, data or f"held out by {model}")
+    if as_json:
+        print_json(facts)
+        return
+    print_facts(
+        {
+            "Nats per token": f"{facts['nats_per_token']:.4f}",
+            "Token perplexity": f"{facts['token_ppl']:.3f}" if facts["token_ppl"] else "too large",
+            "Word perplexity": f"{facts['word_ppl']:,.3f}" if facts["word_ppl"] else "too large",
+            "Bits per byte": f"{facts['bits_per_byte']:.4f}",
+            "Tokens": f"{facts['tokens']:,}",
+            "Words": f"{facts['words']:,}",
+            "Bytes": f"{facts['bytes']:,}",
+            "Context": facts["max_seq_len"],
+            "Stride": facts["stride"],
+        }
+    )
+
+
+def _measure(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    documents: Iterator[str],
+    console: Console,
+    max_seq_len: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> Evaluation:
+    from seedbed.evaluate import evaluate as measure
+
+    length = max_seq_len or min(DEFAULT_CONTEXT, decoder.config.max_seq_len)
+    with console.status("Evaluating") as status:
+
+        def report(tokens: int) -> None:
+            status.update(f"Evaluating: {tokens:,} tokens")
+
+        return measure(
+            decoder,
+            tokenizer,
+            documents,
+            max_seq_len=length,
+            stride=stride,
+            batch_size=batch_size,
+            progress=report,
+        )
+
+
+def open_documents(data: str, text_column: str = "text", document: str | None = None) -> Iterator[str]:
+    """The documents to evaluate on: files whole, unless told otherwise; rows and named documents as they are."""
+    from seedbed.data import open_source
+    from seedbed.data.named import NAMED
+
+    rule = document or ("auto" if data in NAMED else "file")
+    try:
+        source = open_source(data, text_column=text_column, document=rule)
+    except ConfigError:
+        if document:
+            raise
+        source = open_source(data, text_column=text_column)
+    return source.documents()
+
+
+def held_out_documents(model: str) -> Iterator[str]:
+    """The documents that the run around a checkpoint held out.
+
+    Raises:
+        ConfigError: `model` does not belong to a run, or the run held nothing out.
+    """
+    from seedbed.train.corpus import open_texts
+
+    folders = (Path(model), Path(model).resolve().parent.parent)
+    run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
+    if run is None:
+        raise ConfigError(f"--data is missing, and --model {model} is not part of a run with held-out documents")
+    from seedbed.config import read_config_file
+
+    config = resolve("scratch", [read_config_file(str(run / "config.yaml"))])
+    texts = open_texts(config.data)
+    if texts.validation is None and not texts.val_split:
+        raise ConfigError(f"--data is missing, and the run {run} held no documents out")
+    return texts.held_out_documents()
+
+
+def held_out_evaluation(run: str, console: Console) -> tuple[Decoder, Tokenizer, Evaluation]:
+    """A run's best model and how well it predicts the documents that the run held out."""
+    from seedbed.checkpoint import load_model
+
+    decoder, tokenizer = load_model(run)
+    return decoder, tokenizer, _measure(decoder, tokenizer, held_out_documents(run), console)
+
+
+@click.command(cls=Verb, epilog="Example: seedbed generate --model runs/demo --prompt 'The class' --temperature 0.7")
+@model_option
+@click.option("--prompt", multiple=True, help="Text to continue; give several for a batch. Empty starts a document.")
+@click.option("--prompt_file", type=click.Path(), help="A text file to continue.")
+@device_option
+@json_option
+@sections(SamplingOptions)
+@click.pass_context
+def generate(
+    ctx: click.Context,
+    /,
+    model: str,
+    prompt: tuple[str, ...],
+    prompt_file: str | None,
+    device: str,
+    as_json: bool,
+    **_flags: Any,
+) -> None:
+    """Text from a model, streamed as it is written."""
+    refuse_unknown(ctx)
+    options = read_section(ctx, SamplingOptions)
+    prompts = [*prompt, *([_read_prompt(prompt_file)] if prompt_file else [])] or [""]
+    from seedbed.checkpoint import load_model
+    from seedbed.device import pick_device
+    from seedbed.generate import generate as write
+
+    decoder, tokenizer = load_model(model)
+    decoder.to(pick_device(device))
+    if as_json or len(prompts) > 1:
+        completions = write(decoder, tokenizer, prompts, options)
+        if as_json:
+            rows = [{"prompt": c.prompt, "text": c.text, "finish_reason": c.finish_reason} for c in completions]
+            print_json({"model": model, "completions": rows})
+            return
+        click.echo("\n\n".join(f"{c.prompt}{c.text}" for c in completions))
+        return
+    click.echo(prompts[0], nl=False)
+    write(decoder, tokenizer, prompts, options, on_text=lambda _, text: click.echo(text, nl=False))
+    click.echo()
+
+
+def _read_prompt(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"--prompt_file {name}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompt_file {name}: not a readable UTF-8 text file ({error})") from None

@@ -1,0 +1,143 @@
+"""Flags made from the documented options, and the layers of a config made from flags."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import click
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from seedbed.config import FLAGS, Layer, Section, read_config_file
+from seedbed.errors import ConfigError, did_you_mean
+
+S = TypeVar("S", bound=Section)
+
+SETTINGS = {
+    "token_normalize_func": lambda name: name.replace("-", "_"),
+    "max_content_width": 110,
+    # Unknown flags are kept, so that they can be reported together with everything else that is wrong.
+    "ignore_unknown_options": True,
+    "allow_extra_args": True,
+}
+
+
+class SectionOption(click.Option):
+    """A flag that belongs to a documented section; its value is checked later, with all the others."""
+
+    def __init__(self, name: str, field: FieldInfo, section: type[Section]) -> None:
+        self.section = section.__doc__ or ""
+        many = typing.get_origin(field.annotation) is tuple
+        flag = f"--{name}/--no_{name}" if _is_bool(field) else f"--{name}"
+        super().__init__(
+            [flag],
+            default=None,
+            multiple=many,
+            type=None if _is_bool(field) else str,
+            metavar=None if _is_bool(field) else _metavar(field),
+            help=f"{field.description}{_default(field)}",
+        )
+
+
+def sections(*classes: type[Section]) -> Callable[[Any], Any]:
+    """Give a command the flags of these sections."""
+
+    def decorate(command: Any) -> Any:
+        for section in reversed(classes):
+            for name, field in reversed(section.model_fields.items()):
+                option = SectionOption(name, field, section)
+                command.__click_params__ = [*getattr(command, "__click_params__", []), option]
+        return command
+
+    return decorate
+
+
+class Verb(click.Command):
+    """A command whose help shows its flags by section and which takes hyphens for underscores."""
+
+    def __init__(self, name: str, **kwargs: Any) -> None:
+        kwargs["context_settings"] = SETTINGS
+        super().__init__(name, **kwargs)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                groups.setdefault(getattr(parameter, "section", "Other"), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def layers(ctx: click.Context, names: Iterable[str], config: str | None = None) -> list[Layer]:
+    """The file's layer, if any, and the flags' layer, unknown flags among them."""
+    flags = given(ctx, names)
+    flags.update(dict.fromkeys(unknown_flags(ctx), ""))
+    file = [read_config_file(config)] if config else []
+    return [*file, Layer(FLAGS, flags)]
+
+
+def given(ctx: click.Context, names: Iterable[str]) -> dict[str, Any]:
+    """The values of the flags that were typed."""
+    return {name: ctx.params[name] for name in names if ctx.params.get(name) not in (None, ())}
+
+
+def unknown_flags(ctx: click.Context) -> list[str]:
+    """Names of flags that no option has.
+
+    Raises:
+        ConfigError: words that belong to no flag.
+    """
+    unknown = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in ctx.args if word.startswith("--")]
+    if ctx.args and not unknown:
+        raise ConfigError(f"unexpected argument {ctx.args[0]!r}; values follow a flag, such as --data {ctx.args[0]}")
+    return unknown
+
+
+def refuse_unknown(ctx: click.Context) -> None:
+    """Raise ConfigError for unknown flags of a command without a config."""
+    known = [parameter.name or "" for parameter in ctx.command.params]
+    if names := unknown_flags(ctx):
+        raise ConfigError([f"unknown option --{name}{did_you_mean(name, known)}" for name in names])
+
+
+def read_section(ctx: click.Context, section: type[S]) -> S:
+    """One section from its flags alone.
+
+    Raises:
+        ConfigError: every value that is wrong.
+    """
+    values = given(ctx, section.model_fields)
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error.errors(), values)) from None
+
+
+def explain(details: Sequence[Any], values: dict[str, Any]) -> list[str]:
+    return [f"--{d['loc'][0]} {values.get(d['loc'][0])}: {d['msg'][0].lower()}{d['msg'][1:]}" for d in details]
+
+
+def _is_bool(field: FieldInfo) -> bool:
+    return "bool" in str(field.annotation)
+
+
+def _metavar(field: FieldInfo) -> str:
+    choices = [arg for arg in typing.get_args(field.annotation) if arg is not type(None)]
+    if typing.get_origin(field.annotation) is typing.Literal:
+        return "|".join(choices)
+    for choice in choices:
+        if typing.get_origin(choice) is typing.Literal:
+            return "|".join(typing.get_args(choice))
+    text = str(field.annotation)
+    return "INTEGER" if "int" in text else "NUMBER" if "float" in text else "TEXT"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required() or field.default in (None, "", ()):
+        return ""
+    if isinstance(field.default, bool):
+        return f" [{'on' if field.default else 'off'}]"
+    return f" [{field.default}]"

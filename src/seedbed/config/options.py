@@ -1,0 +1,171 @@
+"""Every option of a training run: its name, type, default, range and meaning, written once.
+
+The command line, the config file, the Python API and the page of options are all made from these
+four records. A field without a default takes its value from the regime (`REGIMES`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Arch = Literal["gpt2", "llama", "qwen2", "qwen3"]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A group of options that one part of the program receives."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+class DataOptions(Section):
+    """Data"""
+
+    data: str | None = Field(
+        None, description="Text to learn: a file, folder, glob, .jsonl, .parquet, or a name from `data list`."
+    )
+    val_data: str | None = Field(None, description="Held-out text; otherwise --val_split of --data.")
+    val_split: Share = Field(0.1, description="Share of the documents held out, when --val_data is not given.")
+    text_column: str = Field("text", description="Column of JSONL and Parquet rows that holds the text.")
+    document: Literal["auto", "file", "blank_line", "article", "line"] = Field(
+        "auto", description="What separates documents in plain text."
+    )
+    tokenizer: str = Field(
+        "bpe", description="A tokenizer folder or hub id; or bpe / char: train one on the training text."
+    )
+    vocab_size: Positive | None = Field(
+        None, description="Size of a tokenizer trained here; by default it grows with the text, up to 8000."
+    )
+    max_seq_len: Annotated[int, Field(ge=2)] = Field(256, description="Context: tokens in one row of a batch.")
+    packing: bool = Field(
+        True,
+        description="Fill rows with several documents that do not see each other; else pad and truncate.",
+    )
+
+
+class ModelOptions(Section):
+    """Model"""
+
+    model: str = Field(
+        "small", description="A preset (`seedbed pretrain --model list`) or a folder with a config.json."
+    )
+    arch: Arch | None = Field(None, description="Family of the decoder.")
+    d_model: Positive | None = Field(None, description="Width of the residual stream.")
+    num_layers: Positive | None = Field(None, description="Number of blocks.")
+    num_heads: Positive | None = Field(None, description="Query heads.")
+    num_kv_heads: Positive | None = Field(None, description="Key and value heads; by default as many as --num_heads.")
+    d_ff: Positive | None = Field(None, description="Width of the MLP; by default what the family's authors use.")
+    dropout: Share | None = Field(None, description="Dropout during training; by default none.")
+    tie_embeddings: bool | None = Field(None, description="Use the embedding as the output head; by default yes.")
+
+
+class TrainingOptions(Section):
+    """Training"""
+
+    epochs: Positive = Field(description="Passes over the training text.")
+    max_steps: Positive | None = Field(None, description="Stop after this many steps, whatever --epochs says.")
+    max_training_hours: Annotated[float, Field(gt=0)] = Field(
+        12.0, description="Save and stop when the hours run out, earlier sittings counted; exit code 75."
+    )
+    batch_size: Positive = Field(8, description="Sequences in one micro-batch.")
+    grad_accumulation: Positive = Field(1, description="Micro-batches in one step.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(description="Peak learning rate.")
+    min_lr: Annotated[float, Field(ge=0)] = Field(description="Learning rate at the end of the schedule.")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="Steps of linear warm-up.")
+    warmup_ratio: Share | None = Field(None, description="Warm-up as a share of the run.")
+    lr_schedule: Literal["cosine", "cosine_time", "linear", "constant", "wsd"] = Field(
+        "cosine",
+        description="After warm-up; cosine_time reaches --min_lr when the hours run out, "
+        "wsd stays at the peak and falls over the last fifth.",
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimizer.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(description="Decoupled decay, on matrices only.")
+    beta1: Share = Field(0.9, description="AdamW's first moment; SGD's momentum.")
+    beta2: Share = Field(0.95, description="AdamW's second moment.")
+    epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon.")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Clip the gradient's norm; 0 is off.")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="Of the matrix products; auto takes what this hardware accelerates."
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower.")
+    compile: bool = Field(False, description="torch.compile the decoder (needs a C++ compiler on a CPU).")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="Weights, data order and dropout.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+
+
+class WatchOptions(Section):
+    """Watching, saving, stopping"""
+
+    eval_every: Positive = Field(500, description="Steps between validations; each epoch ends with one too.")
+    log_every: Positive = Field(100, description="Steps between TensorBoard points and plain progress lines.")
+    early_stopping_patience: Annotated[int, Field(ge=0)] = Field(
+        3, description="Epochs without a better validation loss before stopping; 0 is off."
+    )
+    save_every: Positive = Field(1000, description="Steps between checkpoints; each epoch ends with one too.")
+    keep_checkpoints: Annotated[int, Field(ge=0)] = Field(
+        3,
+        description="Newest step and epoch checkpoints kept of each kind; best and final always stay; 0 keeps all.",
+    )
+    output: str | None = Field(None, description="Run folder; by default runs/ and a name from the data and model.")
+    resume: bool = Field(True, description="Go on with an unfinished run in the same folder.")
+    resume_from: str | None = Field(None, description="Go on from this checkpoint folder.")
+    tensorboard: bool = Field(True, description="Write TensorBoard files into the run folder.")
+    sample_prompt: str = Field("", description="The model continues this text at each validation.")
+
+
+class SamplingOptions(Section):
+    """Sampling"""
+
+    max_new_tokens: Positive = Field(100, description="Tokens to add at most.")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        0.8, description="Below 1 sharpens the distribution, above 1 flattens it."
+    )
+    top_k: Annotated[int, Field(ge=0)] = Field(50, description="Sample among the k likeliest tokens; 0 is all.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Sample among the likeliest tokens that hold this share of the probability."
+    )
+    repetition_penalty: Annotated[float, Field(gt=0)] = Field(
+        1.1, description="Above 1 makes tokens that already appeared less likely."
+    )
+    no_repeat_ngram: Annotated[int, Field(ge=0)] = Field(
+        0, description="Never write the same n tokens twice; 0 is off."
+    )
+    greedy: bool = Field(False, description="Always take the likeliest token.")
+    stop: tuple[str, ...] = Field((), description="End before this string; may be given several times.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="The same seed gives the same text.")
+
+
+SECTIONS: tuple[type[Section], ...] = (DataOptions, ModelOptions, TrainingOptions, WatchOptions)
+
+REGIMES: dict[str, dict[str, Any]] = {
+    "scratch": {
+        "epochs": 3,
+        "learning_rate": 3e-4,
+        "min_lr": 0.0,
+        "warmup_ratio": 0.05,
+        "weight_decay": 0.01,
+    },
+}
+"""Values that depend on what is being trained: 3e-4 suits a new model and ruins a pretrained one."""
+
+FREE_TO_CHANGE = frozenset(
+    [
+        "max_training_hours",
+        "log_every",
+        "keep_checkpoints",
+        "output",
+        "resume",
+        "resume_from",
+        "tensorboard",
+        "device",
+    ]
+)
+"""Options an unfinished run may be continued with at another value: none of them changes its numbers."""
+
+
+def option_names() -> list[str]:
+    """All option names, in the order they are documented."""
+    return [name for section in SECTIONS for name in section.model_fields]

@@ -1,0 +1,217 @@
+"""From flags, file, preset and regime to one checked config that knows where each value came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from seedbed.config.options import (
+    REGIMES,
+    SECTIONS,
+    DataOptions,
+    ModelOptions,
+    Section,
+    TrainingOptions,
+    WatchOptions,
+    option_names,
+)
+from seedbed.errors import ConfigError, did_you_mean
+
+FLAGS = "the command line"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values that came from one place, such as a file; later layers win."""
+
+    source: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The resolved options of a run, by section, and the source of each value."""
+
+    data: DataOptions
+    model: ModelOptions
+    training: TrainingOptions
+    watching: WatchOptions
+    sources: Mapping[str, str]
+
+    def values(self) -> dict[str, Any]:
+        """All options as one flat mapping, in documented order."""
+        return {name: value for section in self._sections() for name, value in section.model_dump().items()}
+
+    def update(self, source: str, **values: Any) -> Config:
+        """A copy with some values replaced, once the program has found them out."""
+        return _build({**self.values(), **values}, {**self.sources, **dict.fromkeys(values, source)})
+
+    def is_given(self, name: str) -> bool:
+        """Whether the user chose this value, by a flag or in a file."""
+        return not self.sources[name].startswith(("default", "preset", "regime"))
+
+    def adopt(self, values: Mapping[str, Any], sources: Mapping[str, str]) -> Config:
+        """A copy with `values` and where they once came from, such as those a run was begun with."""
+        kept = {name: sources.get(name, "default") for name in values}
+        return _build({**self.values(), **values}, {**self.sources, **kept})
+
+    def to_yaml(self) -> str:
+        """The text of `config.yaml`: flat values, readable by `--config`, then their sources."""
+        return yaml.safe_dump({**self.values(), "sources": dict(self.sources)}, sort_keys=False)
+
+    def _sections(self) -> tuple[Section, ...]:
+        return (self.data, self.model, self.training, self.watching)
+
+
+def resolve(regime: str, layers: Sequence[Layer]) -> Config:
+    """Merge `layers` (weakest first) over the defaults of `regime`.
+
+    Raises:
+        ConfigError: listing every unknown name, wrong type and contradiction at once.
+    """
+    problems = [problem for layer in layers for problem in _unknown(layer)]
+    layers = [Layer(f"regime {regime}", REGIMES[regime]), *_with_preset(layers, problems)]
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for layer in layers:
+        known = {name: value for name, value in layer.values.items() if name in option_names()}
+        _let_one_warmup_win(known, values, layer.source, sources, problems)
+        values.update(known)
+        sources.update(dict.fromkeys(known, layer.source))
+    config = _build(values, sources, problems)
+    if contradictions := [*problems, *_contradictions(config)]:
+        raise ConfigError(contradictions)
+    return config
+
+
+def read_config_file(name: str) -> Layer:
+    """The values of a YAML file, or of a shipped preset.
+
+    Raises:
+        ConfigError: no such file or preset, or not a mapping of names to values.
+    """
+    path = Path(name)
+    if not path.is_file():
+        if name in preset_names():
+            return Layer(f"preset {name}", read_preset(name))
+        known = ", ".join(preset_names())
+        raise ConfigError(f"--config {name}: no such file, and no preset of that name. Presets: {known}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {name}: not readable as YAML: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"--config {name}: expected lines such as `learning_rate: 0.0003`.")
+    values.pop("sources", None)
+    return Layer(name, {key.replace("-", "_"): value for key, value in values.items()})
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets, smallest model first."""
+    return ["tiny", "small", "medium", "distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "demo"]
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The values of a shipped preset."""
+    text = resources.files("seedbed.config").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
+    assert isinstance(values, dict)
+    return values
+
+
+def where(name: str, value: Any, source: str) -> str:
+    """How an option is named in messages: `--epochs 0 (set on the command line)`."""
+    place = "set on the command line" if source == FLAGS else f"from {source}"
+    return f"--{name} {value} ({place})"
+
+
+def _unknown(layer: Layer) -> Iterable[str]:
+    names = option_names()
+    for name in layer.values:
+        if name not in names:
+            place = "" if layer.source == FLAGS else f" in {layer.source}"
+            what = f"--{name}" if layer.source == FLAGS else name
+            yield f"unknown option {what}{place}{did_you_mean(name, names)}"
+
+
+def _with_preset(layers: Sequence[Layer], problems: list[str]) -> list[Layer]:
+    """Put the preset that `model` names beneath the layers, so that every flag and file value wins over it."""
+    named = [layer for layer in layers if "model" in layer.values]
+    name = str(named[-1].values["model"]) if named else ModelOptions.model_fields["model"].default
+    if name in preset_names():
+        return [Layer(f"preset {name}", read_preset(name)), *layers]
+    if not (Path(name) / "config.json").is_file():
+        place = where("model", name, named[-1].source)
+        problems.append(
+            f"{place}: no preset of that name and no folder with a config.json"
+            f"{did_you_mean(name, preset_names())} Presets: {', '.join(preset_names())}."
+        )
+    return list(layers)
+
+
+def _let_one_warmup_win(
+    new: Mapping[str, Any], values: dict[str, Any], source: str, sources: dict[str, str], problems: list[str]
+) -> None:
+    """Warm-up is given in steps or as a ratio: a stronger layer's choice replaces a weaker layer's."""
+    pair = ("warmup_steps", "warmup_ratio")
+    given = [name for name in pair if new.get(name) is not None]
+    if len(given) == 2:
+        problems.append(f"--warmup_steps and --warmup_ratio are both set by {source}; give one of them")
+    for name in pair if given else ():
+        values.pop(name, None)
+        sources.pop(name, None)
+
+
+def _build(values: Mapping[str, Any], sources: Mapping[str, str], problems: Sequence[str] = ()) -> Config:
+    found = list(problems)
+    sections: list[Any] = []
+    for section in SECTIONS:
+        own = {name: values[name] for name in section.model_fields if name in values}
+        try:
+            sections.append(section.model_validate(own))
+        except ValidationError as error:
+            found += [_explain(detail, values, sources) for detail in error.errors()]
+        found += [
+            f"{where(name, value, sources.get(name, 'default'))}: expected a number, not yes or no"
+            for name, value in own.items()
+            if isinstance(value, bool) and "bool" not in str(section.model_fields[name].annotation)
+        ]
+    if len(sections) < len(SECTIONS) or len(found) > len(problems):
+        raise ConfigError(found)
+    data, model, training, watching = sections
+    all_sources = {name: sources.get(name, "default") for name in option_names()}
+    return Config(data, model, training, watching, all_sources)
+
+
+def _explain(detail: Any, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
+    name = str(detail["loc"][0])
+    message = str(detail["msg"])
+    expected = message[0].lower() + message[1:].replace("Input should be ", "").replace("input should be ", "")
+    expected = expected.removeprefix("input should be ")
+    return f"{where(name, values.get(name), sources.get(name, 'default'))}: expected {expected}"
+
+
+def _contradictions(config: Config) -> Iterable[str]:
+    training, sources = config.training, config.sources
+
+    def say(name: str) -> str:
+        return where(name, config.values()[name], sources[name])
+
+    if training.min_lr > training.learning_rate:
+        yield f"{say('min_lr')} is above {say('learning_rate')}; lower it"
+    if training.lr_schedule == "constant" and sources["min_lr"] == FLAGS:
+        yield f"{say('min_lr')} has no meaning with --lr_schedule constant; leave one of them out"
+    if config.data.val_data and sources["val_split"] == FLAGS and config.data.val_split > 0:
+        yield f"{say('val_split')} contradicts {say('val_data')}; leave one of them out"
+    if config.data.vocab_size and config.data.tokenizer != "bpe" and sources["vocab_size"] == FLAGS:
+        yield f"{say('vocab_size')} only applies to a tokenizer trained here; leave it out with {say('tokenizer')}"
+    if training.optimizer == "sgd":
+        for name in ("beta2", "epsilon"):
+            if sources[name] == FLAGS:
+                yield f"{say(name)} has no meaning with --optimizer sgd; leave it out"

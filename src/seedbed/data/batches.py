@@ -1,0 +1,45 @@
+"""What a model is given: B rows of T tokens as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seedbed.data.rows import Row
+
+
+@final
+@dataclass(frozen=True)
+class Batch:
+    """B rows of T tokens; every tensor is (B, T) int64."""
+
+    input_ids: Tensor
+    labels: Tensor  # -100 where nothing is predicted (padding)
+    position_ids: Tensor  # restart at 0 in each document
+    segment_ids: Tensor | None  # which document of its row a token belongs to; None when every row is one document
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.labels.to(device, non_blocking=non_blocking),
+            self.position_ids.to(device, non_blocking=non_blocking),
+            None if self.segment_ids is None else self.segment_ids.to(device, non_blocking=non_blocking),
+        )
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Stack rows of one length into a batch."""
+    assert rows
+    one_document = all(row.segment_ids[-1] == 0 for row in rows)
+    return Batch(
+        input_ids=torch.from_numpy(np.stack([row.input_ids for row in rows])),  # (B, T)
+        labels=torch.from_numpy(np.stack([row.labels for row in rows])),
+        position_ids=torch.from_numpy(np.stack([row.position_ids for row in rows])),
+        segment_ids=None if one_document else torch.from_numpy(np.stack([row.segment_ids for row in rows])),
+    )

@@ -1,0 +1,183 @@
+"""Read local files as text, piece by piece, and say exactly where one is broken."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from seedbed.data.documents import split_documents, split_lines
+from seedbed.errors import DataError, MissingExtra
+
+TEXT_SUFFIXES = (".txt", ".md", ".text", ".rst")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+TABLE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+
+CHUNK_BYTES = 2**18
+
+
+def read_documents(path: Path, text_column: str, document: str) -> Iterator[str]:
+    """The documents of one file: pieces of a text (`documents.split_documents`), or rows of a table."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return read_parquet(path, text_column)
+    if suffix in JSON_SUFFIXES:
+        return read_json_rows(path, text_column)
+    return split_documents(read_text(path), document, path.stat().st_size)
+
+
+def read_text(path: Path) -> Iterator[str]:
+    r"""The text of a UTF-8 file in chunks, without byte order mark and with \n for every \r\n.
+
+    Raises DataError for a file that is binary (a NUL byte) or not UTF-8, with the byte and the line.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset, line = 0, 1  # of the first byte that is not decoded yet
+    held = ""  # a carriage return at the end of a chunk, whose newline may come in the next
+    with path.open("rb") as file:
+        while True:
+            chunk = file.read(CHUNK_BYTES)
+            _refuse_binary(path, chunk, offset)
+            undecoded = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                _refuse_encoding(path, error, offset - undecoded, line)
+            if offset == 0:
+                text = text.removeprefix("\ufeff")
+            line += text.count("\n")
+            offset += len(chunk)
+            text = held + text
+            held = "\r" if chunk and text.endswith("\r") else ""
+            if held:
+                text = text[:-1]
+            if text:
+                yield text.replace("\r\n", "\n")
+            if not chunk:
+                return
+
+
+def refuse_if_not_text(path: Path) -> None:
+    """Look at a file's beginning. Raises DataError if it is empty, cannot be opened, or is binary."""
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty; give --data a file with text in it")
+        with path.open("rb") as file:
+            head = file.read(2**16)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if path.suffix.lower() != ".parquet":
+        _refuse_binary(path, head, 0)
+
+
+def _refuse_binary(path: Path, chunk: bytes, offset: int) -> None:
+    if offset == 0 and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(
+            f"{path} is UTF-16 text, and UTF-8 is expected; convert it: iconv -f UTF-16 -t UTF-8 {path} > converted.txt"
+        )
+    place = chunk.find(b"\0")
+    if place >= 0:
+        raise DataError(
+            f"{path} is a binary file, not text: it has a NUL byte at byte {offset + place}. "
+            "Give --data a text file in UTF-8, .jsonl or .parquet"
+        )
+
+
+def _refuse_encoding(path: Path, error: UnicodeDecodeError, offset: int, line: int) -> None:
+    line += error.object[: error.start].count(b"\n")
+    raise DataError(
+        f"{path} is not UTF-8: 0x{error.object[error.start]:02x} at byte {offset + error.start}, line {line} "
+        f"({error.reason}). Convert it, for example: iconv -f WINDOWS-1252 -t UTF-8 {path} > converted.txt"
+    ) from None
+
+
+def read_json_rows(path: Path, text_column: str) -> Iterator[str]:
+    """The text column of a file with one JSON object a line (or of one JSON array of objects).
+
+    Raises DataError with the line of a row that is not JSON, not an object, or has no text in that column.
+    """
+    lines = split_lines(read_text(path), longest=2**63)
+    for number, line in enumerate(lines, start=1):
+        if line.isspace():
+            continue
+        if number == 1 and line.lstrip().startswith("["):
+            yield from _read_json_array(path, line + "".join(lines), text_column)
+            return
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(
+                f"{path}, line {number} is not a JSON object: {_json_reason(error)}. "
+                "Each line must be one row, like {" + f'"{text_column}": "..."' + "}; correct or remove that line"
+            ) from None
+        yield _text_of_row(row, text_column, f"{path}, line {number}")
+
+
+def _read_json_array(path: Path, content: str, text_column: str) -> Iterator[str]:
+    try:
+        rows = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{path} is not a JSON array: {_json_reason(error)}; correct it there") from None
+    for number, row in enumerate(rows, start=1):
+        yield _text_of_row(row, text_column, f"{path}, row {number}")
+
+
+def _json_reason(error: ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        where = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return f"{error.msg} at {where}column {error.colno}"
+    return str(error)
+
+
+def _text_of_row(row: Any, text_column: str, where: str) -> str:
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is a {type(row).__name__}, not an object with a column {text_column!r}")
+    if text_column not in row:
+        columns = ", ".join(map(str, row)) or "none"
+        raise DataError(f"{where} has no column {text_column!r}; it has: {columns}. Name one with --text_column")
+    text = row[text_column]
+    if not isinstance(text, str):
+        raise DataError(f"{where}: column {text_column!r} holds a {type(text).__name__}, and text is expected")
+    return _clean(text, where)
+
+
+def _clean(text: str, where: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where} is not valid Unicode: half a surrogate pair at character {error.start}; "
+                "correct or remove that row"
+            ) from None
+    return text.replace("\r\n", "\n")
+
+
+def read_parquet(path: Path, text_column: str) -> Iterator[str]:
+    """The text column of a Parquet file; a missing value is no document.
+
+    Raises MissingExtra without pyarrow, DataError for a damaged file or a column that is absent or not text.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtra("Parquet files", "parquet") from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        schema = file.schema_arrow
+        if text_column not in schema.names:
+            raise DataError(
+                f"{path} has no column {text_column!r}; it has: {', '.join(schema.names)}. Name one with --text_column"
+            )
+        kind = schema.field(text_column).type
+        if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+            raise DataError(f"{path}: column {text_column!r} holds {kind}, and text is expected")
+        for batch in file.iter_batches(batch_size=1024, columns=[text_column]):
+            for text in batch.column(0).to_pylist():
+                if text is not None:
+                    yield text.replace("\r\n", "\n")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,175 @@
+"""Where text comes from: a file, a folder, a glob, or a named source, all read in the same way."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+from seedbed.data.documents import RULES
+from seedbed.data.files import (
+    JSON_SUFFIXES,
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+    read_documents,
+    refuse_if_not_text,
+)
+from seedbed.data.named import NAMED, HubRows, load_hub_documents
+from seedbed.data.python_docs import python_docs
+from seedbed.errors import ConfigError, DataError, did_you_mean
+
+
+@final
+@dataclass(frozen=True)
+class Source:
+    """Documents that can be read again and again, in the same order. Made by `open_source`."""
+
+    name: str
+    split: str
+    splits: tuple[str, ...]
+    _read: Callable[[], Iterator[str]] = field(repr=False)
+    _hash: Callable[[], str] = field(repr=False)
+    _size: Callable[[], int] = field(repr=False)
+
+    def documents(self) -> Iterator[str]:
+        """Each document's text, from the first. Raises DataError where the text is broken, or has none."""
+        empty = True
+        for text in self._read():
+            if text and not text.isspace():
+                empty = False
+                yield text
+        if empty:
+            raise DataError(f"there is no text in {self.name}: every document is empty")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the content and of how it is cut into documents, in hexadecimal; names do not count."""
+        return self._hash()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of what is read: of the files, or of the text when there is no file."""
+        return self._size()
+
+    def has_split(self, name: str) -> bool:
+        """Whether its makers published such a split, to be opened with `open_source(spec, split=name)`."""
+        return name in self.splits
+
+
+def open_source(spec: str, *, text_column: str = "text", document: str = "auto", split: str = "train") -> Source:
+    """Open a file, a folder (all its text files), a glob or a named source.
+
+    text_column: which column of .jsonl and .parquet files holds the text; a row is a document.
+    document: where text files are cut, one of `documents.RULES`.
+    split: for named sources that have official ones.
+
+    Raises DataError when there is nothing to read or it is not text (the text itself is checked as it is
+    read), ConfigError for an impossible option, MissingExtra when a library is needed.
+    """
+    if document not in RULES:
+        raise ConfigError(
+            f"--document {document} is unknown{did_you_mean(document, RULES)}; expected {', '.join(RULES)}"
+        )
+    if spec in NAMED and not Path(spec).exists():
+        return _open_named(spec, document, split)
+    if split != "train":
+        raise ConfigError(f"{spec} has no split {split!r}: only named sources have official splits. Use --val_data")
+    paths = _find_files(spec)
+    for path in paths:
+        refuse_if_not_text(path)
+    if document != "auto" and all(path.suffix.lower() in TABLE_SUFFIXES for path in paths):
+        raise ConfigError(f"--document {document} is for text files; in {spec} each row is a document")
+    return Source(
+        name=spec,
+        split=split,
+        splits=("train",),
+        _read=lambda: (text for path in paths for text in read_documents(path, text_column, document)),
+        _hash=lambda: _hash_files(paths, text_column, document),
+        _size=lambda: sum(path.stat().st_size for path in paths),
+    )
+
+
+def from_texts(texts: Sequence[str], name: str = "texts") -> Source:
+    """A source of documents that are in memory already."""
+    return Source(
+        name=name,
+        split="train",
+        splits=("train",),
+        _read=lambda: iter(texts),
+        _hash=lambda: _hash_texts(texts),
+        _size=lambda: sum(len(text.encode()) for text in texts),
+    )
+
+
+def _open_named(name: str, document: str, split: str) -> Source:
+    named = NAMED[name]
+    if split not in named.splits:
+        raise ConfigError(f"{name} has no split {split!r}; it has: {', '.join(named.splits)}")
+    if document != "auto":
+        raise ConfigError(f"--document {document} is for text files; the documents of {name} are known")
+    if not isinstance(named.rows, HubRows):
+        return from_texts(python_docs(), name)
+    documents = load_hub_documents(name, named.rows, named.splits[split])
+    return Source(
+        name=name,
+        split=split,
+        splits=tuple(named.splits),
+        _read=documents,
+        _hash=lambda: _hash_texts(documents()),
+        _size=lambda: sum(len(text.encode()) for text in documents()),
+    )
+
+
+def _find_files(spec: str) -> list[Path]:
+    """The files a spec means, in an order that is the same on every machine."""
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        suffixes = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
+        inside = sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix())
+        paths = [file for file in inside if file.is_file() and file.suffix.lower() in suffixes]
+        paths = [file for file in paths if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+        if not paths:
+            raise DataError(f"there are no text files in {spec}; expected names that end in {', '.join(suffixes)}")
+        return paths
+    if glob.has_magic(spec):
+        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
+        paths = [file for file in found if file.is_file()]
+        if not paths:
+            raise DataError(f"no file matches {spec} (from {Path.cwd()}); check the pattern, and quote it in a shell")
+        return paths
+    raise DataError(_missing(spec, path))
+
+
+def _missing(spec: str, path: Path) -> str:
+    near = did_you_mean(spec, list(NAMED))
+    if not near and path.parent.is_dir():
+        beside = {other.name: str(path.parent / other.name) for other in path.parent.iterdir()}
+        guess = did_you_mean(path.name, list(beside)).removeprefix("; did you mean ").removesuffix("?")
+        near = f"; did you mean {beside[guess]}?" if guess else ""
+    hint = near or f"; expected a file, a folder, a glob, or one of {', '.join(NAMED)}"
+    return f"--data {spec}: there is no such file or named source{hint}"
+
+
+def _hash_files(paths: Sequence[Path], text_column: str, document: str) -> str:
+    total = hashlib.sha256(b"files 1")
+    for path in paths:
+        suffix = path.suffix.lower()
+        kind = "json" if suffix in JSON_SUFFIXES else suffix if suffix in TABLE_SUFFIXES else "text"
+        option = document if kind == "text" else text_column
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"\n{kind} {option} {content}".encode())
+    return total.hexdigest()
+
+
+def _hash_texts(texts: Sequence[str] | Iterator[str]) -> str:
+    total = hashlib.sha256(b"texts 1")
+    for text in texts:
+        data = text.encode()
+        total.update(len(data).to_bytes(8, "little"))
+        total.update(data)
+    return total.hexdigest()

@@ -1,0 +1,164 @@
+"""One decoder for GPT-2 and for the Llama-like families: what differs is in `DecoderConfig`.
+
+B batch   T tokens   S tokens seen (cached and new)   D d_model   F d_ff   V vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from seedbed.model.attention import Attention, KeyValueCache, RMSNorm, Rotation, rotation
+from seedbed.model.config import DecoderConfig
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states; the loss or `logits` turns these into a distribution over the vocabulary.
+
+    Matches `GPT2LMHeadModel`, `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM` and
+    `Qwen3ForCausalLM` of transformers. Under autocast the residual stream and the norms stay in float32.
+    Weights are drawn as the family's authors do, from torch's default generator.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        c = config
+        self.config = c
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.d_model)
+        self.embed_positions = nn.Embedding(c.max_seq_len, c.d_model) if c.position == "learned" else None
+        self.embed_dropout = nn.Dropout(c.dropout if c.family == "gpt2" else 0.0)
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_layers))
+        self.final_norm = make_norm(c)
+        self.lm_head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.apply(self._init_weights)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: (B, T).
+            position_ids: (B, T); counted from 0 (from the cache's end) when left out.
+            segment_ids: (B, T), the document a token belongs to; tokens see only their own. Not with a cache.
+            cache: what came before; the new tokens are added to it.
+
+        Returns:
+            (B, T, D).
+        """
+        assert segment_ids is None or cache is None, "a cache holds one document a row"
+        assert segment_ids is None or position_ids is not None, "positions restart in each segment"
+        tokens, device = input_ids.shape[1], input_ids.device
+        if position_ids is None:
+            position_ids = cache.positions(tokens, device) if cache else torch.arange(tokens, device=device)[None]
+        mask = cache.mask(tokens, device) if cache else segment_mask(segment_ids)  # (B, 1, T, S)
+        turn = None
+        x = self.embed_tokens(input_ids)  # (B, T, D)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(position_ids)
+        else:
+            turn = rotation(position_ids, self.config.head_dim, self.config.rope_theta)
+        x = self.embed_dropout(x)
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, turn, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, turn, mask, cache)
+        if cache is not None:
+            cache.length += tokens
+        return self.final_norm(x)  # type: ignore[no-any-return]
+
+    def head_weight(self) -> Tensor:
+        """(V, D): the embedding when the two are tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) to (..., V). To train and evaluate, `seedbed.loss` never holds them all."""
+        return F.linear(hidden, self.head_weight())
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.init_std
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Block) and self.config.family == "gpt2":
+            # Two sums into the residual stream a block: scaled so that its variance does not grow with depth.
+            for layer in (module.attention.o_proj, module.mlp.down_proj):
+                nn.init.normal_(layer.weight, std=std / math.sqrt(2 * self.config.num_layers))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each on a normalised copy and added back (pre-norm)."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = make_norm(config)
+        self.mlp: GeluMLP | SwiGLU = GeluMLP(config) if config.mlp == "gelu" else SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, turn: Rotation | None, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), turn, mask, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
+
+
+class GeluMLP(nn.Module):
+    """Up, GELU by its tanh approximation (`gelu_new` in transformers), down."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        h = F.gelu(self.up_proj(x), approximate="tanh")  # (B, T, F)
+        return self.down_proj(h)  # type: ignore[no-any-return]  # (B, T, D)
+
+
+class SwiGLU(nn.Module):
+    """Up, multiplied by a gate through SiLU, down (Shazeer, 2020)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        h = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, F)
+        return self.down_proj(h)  # type: ignore[no-any-return]  # (B, T, D)
+
+
+def make_norm(config: DecoderConfig) -> nn.Module:
+    """The norm of the family, over the model width."""
+    if config.norm == "layernorm":
+        return nn.LayerNorm(config.d_model, eps=config.norm_eps)
+    return RMSNorm(config.d_model, config.norm_eps)
+
+
+def segment_mask(segment_ids: Tensor | None) -> Tensor | None:
+    """(B, T) to (B, 1, T, T): true where a token may look, which is back and inside its own document."""
+    if segment_ids is None:
+        return None
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # (B, 1, T, T)
+    return same.tril()
+
+
+def num_parameters(config: DecoderConfig) -> int:
+    """How many weights a decoder has, tied ones once; takes no memory for them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Decoder(config).parameters())

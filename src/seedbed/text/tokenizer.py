@@ -1,0 +1,353 @@
+"""Tokenizers: train one, load any `tokenizer.json`, save it so that transformers reads the same ids.
+
+The work is done by the `tokenizers` library (byte-pair encoding: Sennrich et al., 2016, on bytes as in
+GPT-2, Radford et al., 2019). What is here is the policy: text never turns into a special token, no special
+token is added by itself, and any UTF-8 text decodes to itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from seedbed.errors import CheckpointError, ConfigError, DataError, MissingExtra
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Names of the end of a text, tried in this order when a folder does not say which one it uses.
+COMMON_EOS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
+
+# How Qwen2 cuts text into words before merging. Chosen over GPT-2's pattern because transformers insists on
+# it for `model_type: qwen2`, whatever tokenizer.json says; every other family reads what the file says. So
+# one tokenizer gives the same ids beside a config.json of any family.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English contractions
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word, with the space or sign before it
+    r"|\p{N}"  # single digits
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # punctuation, with the line ends after it
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # white space
+)
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "config.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+# The library makes an object per token while it encodes, so a call is given a few megabytes at most.
+BATCH_CHARS = 2**21
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer of `vocab_size` tokens (fewer when the text has no more pairs to merge).
+
+    Token 0 is `<|endoftext|>`, then the 256 bytes, then the merges. The texts are read once, as a stream;
+    memory grows with the number of distinct words. The same texts give the same tokenizer.
+
+    Raises ConfigError for a vocabulary too small for the bytes, DataError when there is no text.
+    """
+    smallest = 257
+    if vocab_size < smallest:
+        raise ConfigError(
+            f"a byte-level vocabulary of {vocab_size} tokens is too small: it needs at least {smallest} "
+            "(256 bytes and the end of text). Give a larger one, or train characters (--type char)."
+        )
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_require_text(texts), trainer)
+    return Tokenizer(backend, END_OF_TEXT)
+
+
+def train_char(texts: Iterable[str]) -> Tokenizer:
+    """A tokenizer with one token for each character of the texts; any other character becomes its bytes.
+
+    Token 0 is `<|endoftext|>`, then the 256 bytes (ASCII characters are one byte), then the other
+    characters, sorted. It is a byte-level BPE whose only merges put together the bytes of one character, so
+    every tool that reads GPT-2's tokenizer reads this one. (A character of three or four bytes is merged in
+    steps: its first bytes are a token as well.)
+
+    Raises DataError when there is no text.
+    """
+    characters: set[str] = set()
+    for text in _require_text(texts):
+        characters.update(text)
+    symbol = _symbol_of_byte()
+    vocab = {END_OF_TEXT: 0}
+    for byte in range(256):
+        vocab[symbol[byte]] = len(vocab)
+    merges: list[tuple[str, str]] = []
+    for character in sorted(characters):
+        symbols = [symbol[byte] for byte in character.encode()]
+        for length in range(2, len(symbols) + 1):
+            token = "".join(symbols[:length])
+            if token not in vocab:
+                vocab[token] = len(vocab)
+                merges.append(("".join(symbols[: length - 1]), symbols[length - 1]))
+    backend = _byte_level(models.BPE(vocab=vocab, merges=merges))
+    backend.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(backend, END_OF_TEXT)
+
+
+def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
+    """UTF-8 bytes of the texts over their number of tokens: how much text one token stands for."""
+    num_bytes = num_tokens = 0
+    for batch in batches_of_text(texts):
+        num_bytes += sum(len(text.encode()) for text in batch)
+        num_tokens += sum(len(ids) for ids in tokenizer.encode_batch(batch))
+    if num_tokens == 0:
+        raise DataError("there is no text to measure bytes per token on; give a text that is not empty")
+    return num_bytes / num_tokens
+
+
+def batches_of_text(texts: Iterable[str], max_chars: int = BATCH_CHARS) -> Iterator[list[str]]:
+    """The texts in lists of about `max_chars` characters (a longer text is a list of its own)."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > max_chars:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
+
+
+@final
+class Tokenizer:
+    """Text to token ids and back. Make one with `train_bpe`, `train_char` or `Tokenizer.load`."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        eos_token: str,
+        bos_token: str | None = None,
+        files: dict[str, str] | None = None,
+    ) -> None:
+        # Whatever the file says about limits and padding belongs to some other program's batches.
+        backend.no_truncation()
+        backend.no_padding()
+        # "<|endoftext|>" in somebody's text is thirteen characters of text and must not end a document.
+        backend.encode_special_tokens = True
+        eos_id = backend.token_to_id(eos_token)
+        assert eos_id is not None, eos_token
+        self._backend = backend
+        self._files = files or {}  # settings of a tokenizer that was loaded, saved again as they were
+        self.eos_token = eos_token
+        self.bos_token = bos_token
+        self.eos_id: int = eos_id
+        self.bos_id: int | None = None if bos_token is None else backend.token_to_id(bos_token)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of tokens, those added to the vocabulary included; every id is below it."""
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        return max(len(vocab), max(vocab.values()) + 1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical tokenizer.json, in hexadecimal."""
+        return hashlib.sha256(self._backend.to_str(pretty=False).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, and only of the text: nothing is added at either end."""
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, computed on all cores."""
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and its settings into `folder`, as AutoTokenizer reads them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(folder / "tokenizer.json"))
+        for name, content in ({"tokenizer_config.json": self._settings()} | self._files).items():
+            (folder / name).write_text(content, encoding="utf-8")
+
+    def _settings(self) -> str:
+        settings: dict[str, Any] = {
+            # The class that reads tokenizer.json as it is; transformers 4 and 5 both know this name.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.eos_token,
+            "clean_up_tokenization_spaces": False,
+            "add_prefix_space": False,
+        }
+        if self.bos_token is not None:
+            settings["bos_token"] = self.bos_token
+        return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def load(folder_or_hub_id: str | Path) -> Tokenizer:
+        """The tokenizer of a folder (tokenizer.json, or GPT-2's vocab.json and merges.txt) or of a hub id.
+
+        Raises ConfigError for a name that is neither, MissingExtra for a hub id without the extra `hub`,
+        CheckpointError for a folder whose tokenizer is missing, damaged or has no end of text.
+        """
+        folder = Path(folder_or_hub_id)
+        if not folder.is_dir():
+            folder = _download(str(folder_or_hub_id))
+        settings = {name: _read_json(folder / name) for name in TOKENIZER_FILES[1:5]}
+        backend = _read_backend(folder, settings["tokenizer_config.json"])
+        eos_token = _find_eos(backend, settings)
+        if eos_token is None:
+            raise CheckpointError(
+                f"the tokenizer in {folder} does not say which token ends a text, and has none of "
+                f'{", ".join(COMMON_EOS)}; add "eos_token" to its tokenizer_config.json'
+            )
+        bos_token = _token_text(settings["tokenizer_config.json"].get("bos_token")) or _token_text(
+            settings["special_tokens_map.json"].get("bos_token")
+        )
+        if bos_token is not None and backend.token_to_id(bos_token) is None:
+            bos_token = None
+        return Tokenizer(backend, eos_token, bos_token, _files_to_keep(folder))
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _symbol_of_byte() -> list[str]:
+    """The printable character by which GPT-2's vocabulary writes each of the 256 bytes.
+
+    Bytes that print in Latin-1 stand for themselves; the others follow from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    symbols = {byte: chr(byte) for byte in printable}
+    symbols |= {byte: chr(0x100 + place) for place, byte in enumerate(others)}
+    return [symbols[byte] for byte in range(256)]
+
+
+def _require_text(texts: Iterable[str]) -> Iterator[str]:
+    found = False
+    for text in texts:
+        found = found or bool(text)
+        yield text
+    if not found:
+        raise DataError("there is no text to train a tokenizer on; give --data a text that is not empty")
+
+
+def _download(name: str) -> Path:
+    """The tokenizer's files of a hub id, from the hub's cache when they are there already."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+        what = "is a file, not a folder" if Path(name).is_file() else "does not exist"
+        raise ConfigError(f"tokenizer {name} {what}; give a folder with a tokenizer.json, or a hub id (owner/name)")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    except ImportError:
+        raise MissingExtra(f"there is no folder {name} here, and tokenizers from the hub", "hub") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
+    except RepositoryNotFoundError:
+        raise ConfigError(
+            f"tokenizer {name}: there is no such folder here and no such model on the hub, or it is private; "
+            "check the name, and for a private one log in with `hf auth login`"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"tokenizer {name}: there is no such folder here, and the hub could not be asked ({reason}); "
+            "check the network, or give a folder with a tokenizer.json"
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy it again from its origin") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} should hold one JSON object; copy it again from its origin")
+    return content
+
+
+def _read_backend(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    try:
+        if whole.is_file():
+            return tokenizers.Tokenizer.from_file(str(whole))
+        if not (vocab.is_file() and merges.is_file()):
+            raise CheckpointError(
+                f"there is no tokenizer in {folder}: expected tokenizer.json, or vocab.json and merges.txt"
+            )
+        name = str(settings.get("tokenizer_class", "GPT2Tokenizer"))
+        if name.removesuffix("Fast") not in ("GPT2Tokenizer", "PreTrainedTokenizer"):
+            raise CheckpointError(
+                f"{folder} holds only the vocab.json and merges.txt of a {name}, and only GPT-2's can be "
+                "read that way; save it from transformers with AutoTokenizer, which writes tokenizer.json"
+            )
+        backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    except CheckpointError:
+        raise
+    except Exception as error:  # noqa: BLE001  the library raises bare Exception for a file it cannot read
+        raise CheckpointError(
+            f"the tokenizer in {folder} is damaged ({error}); copy it again from its origin"
+        ) from None
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if backend.token_to_id(END_OF_TEXT) is not None:
+        backend.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+    return backend
+
+
+def _find_eos(backend: tokenizers.Tokenizer, settings: dict[str, dict[str, Any]]) -> str | None:
+    """The end-of-text token: as the folder's settings name it, or one of the common names."""
+    candidates: list[str | None] = [
+        _token_text(settings[name].get("eos_token")) for name in ("tokenizer_config.json", "special_tokens_map.json")
+    ]
+    for name in ("generation_config.json", "config.json"):
+        ids = settings[name].get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        candidates += [backend.id_to_token(i) for i in ids[:1] if isinstance(i, int)]
+    candidates += COMMON_EOS
+    known = (token for token in candidates if token and backend.token_to_id(token) is not None)
+    return next(known, None)
+
+
+def _token_text(token: object) -> str | None:
+    """A token as transformers writes it: a string, or an object with its content and its flags."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _files_to_keep(folder: Path) -> dict[str, str]:
+    """What stands beside tokenizer.json and must be saved with it: settings and the chat template."""
+    names = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    return {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}

@@ -1,0 +1,1 @@
+"""Training: a job is built from a config, one loop runs it."""

@@ -1,0 +1,144 @@
+"""From the data options to rows of tokens: which documents are held out, which tokenizer reads the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seedbed.config import DataOptions
+from seedbed.data import PackedRows, PaddedRows, Source, Store, held_out, open_source, open_store
+from seedbed.data.store import digest
+from seedbed.errors import ConfigError
+from seedbed.text.tokenizer import Tokenizer, train_bpe, train_char
+from seedbed.train.job import Rows, Validation
+from seedbed.train.progress import Display
+
+TRAINED_HERE = ("bpe", "char")
+LARGEST_DEFAULT_VOCAB = 8000
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The training text and where the held-out text comes from: a source of its own, or a share of `train`."""
+
+    train: Source
+    validation: Source | None
+    val_split: float
+
+    @property
+    def shares_documents(self) -> bool:
+        return self.validation is None and self.val_split > 0
+
+    def training_documents(self) -> Iterator[str]:
+        """The documents that may be learnt from, by tokenizers too."""
+        if not self.shares_documents:
+            return self.train.documents()
+        return compress(self.train.documents(), ~self._held_out())
+
+    def held_out_documents(self) -> Iterator[str]:
+        """The documents kept for validation."""
+        if self.validation is not None:
+            return self.validation.documents()
+        return compress(self.train.documents(), self._held_out()) if self.val_split else iter(())
+
+    def _held_out(self) -> NDArray[np.bool_]:
+        encoded = (text.encode() for text in self.train.documents())
+        facts = np.array([(digest(text), len(text)) for text in encoded], dtype=np.uint64)  # (documents, 2)
+        return held_out(facts[:, 0], facts[:, 1].astype(np.int64), self.val_split)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Rows to train on and rows to validate on."""
+
+    rows: Rows
+    validation: Validation | None
+    num_documents: int
+    num_bytes: int
+
+
+def open_texts(options: DataOptions) -> Texts:
+    """Find the sources, preferring the official validation split of a named one.
+
+    Raises:
+        ConfigError: no --data was given.
+        DataError: missing, empty, or not text.
+    """
+    if options.data is None:
+        raise ConfigError(
+            "--data is missing: name a text file, a folder, or a source such as python-docs (`seedbed data list`)"
+        )
+
+    def source(spec: str, split: str = "train") -> Source:
+        return open_source(spec, text_column=options.text_column, document=options.document, split=split)
+
+    train = source(options.data)
+    validation = None
+    if options.val_data is not None:
+        validation = source(options.val_data)
+    elif options.val_split > 0 and train.has_split("validation"):
+        validation = source(options.data, "validation")
+    return Texts(train, validation, options.val_split)
+
+
+def make_tokenizer(options: DataOptions, texts: Texts, display: Display) -> Tokenizer:
+    """Load the tokenizer that was named, or train one on the training documents alone."""
+    if options.tokenizer not in TRAINED_HERE:
+        return Tokenizer.load(options.tokenizer)
+    with display.working(f"Training a {options.tokenizer} tokenizer"):
+        if options.tokenizer == "char":
+            return train_char(texts.training_documents())
+        size = options.vocab_size or default_vocab_size(texts.train.num_bytes)
+        return train_bpe(texts.training_documents(), size)
+
+
+def default_vocab_size(num_bytes: int) -> int:
+    """About one token type for 500 bytes of text, so that each is seen often enough to be learnt."""
+    return int(np.clip(num_bytes // 500, 512, LARGEST_DEFAULT_VOCAB))
+
+
+def tokenize(texts: Texts, tokenizer: Tokenizer, options: DataOptions, seed: int, display: Display) -> Corpus:
+    """Tokenize both splits into stores (or find them there) and lay rows over them.
+
+    Raises:
+        DataError: the text is too short for one row, or cannot be split.
+    """
+    store = _store(texts.train, tokenizer, display)
+    everything = np.arange(store.num_documents)
+    val_store, val_documents, train_documents = store, everything[:0], everything
+    if texts.validation is not None:
+        val_store = _store(texts.validation, tokenizer, display)
+        val_documents = np.arange(val_store.num_documents)
+    elif texts.val_split > 0:
+        mask = held_out(store.digests, store.num_bytes, texts.val_split)
+        val_documents, train_documents = everything[mask], everything[~mask]
+    rows = _rows(store, train_documents, options, seed, shuffle=True)
+    validation = None
+    if len(val_documents):
+        val_rows = _rows(val_store, val_documents, options, seed, shuffle=False)
+        validation = Validation(val_rows, len(val_documents), int(val_store.num_bytes[val_documents].sum()))
+    return Corpus(rows, validation, len(train_documents), int(store.num_bytes[train_documents].sum()))
+
+
+def _rows(store: Store, documents: NDArray[np.int64], options: DataOptions, seed: int, *, shuffle: bool) -> Rows:
+    kind = PackedRows if options.packing else PaddedRows
+    return kind(store, documents, options.max_seq_len, seed, shuffle=shuffle)
+
+
+def _store(source: Source, tokenizer: Tokenizer, display: Display) -> Store:
+    with display.counting(f"Tokenizing {source.name}") as progress:
+        return open_store(source, tokenizer, progress=progress)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, run: Path) -> None:
+    """Save a run's tokenizer where its resumes will find it."""
+    if (run / "tokenizer").exists():
+        return
+    temporary = run / ".tokenizer.tmp"
+    tokenizer.save(temporary)
+    temporary.rename(run / "tokenizer")

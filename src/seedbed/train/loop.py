@@ -1,0 +1,381 @@
+"""The loop. It sees a job, never the method by which the job was set up."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seedbed.checkpoint import link_checkpoint, read_state, rotate, save_checkpoint
+from seedbed.config import SamplingOptions
+from seedbed.device import autocast, describe, peak_memory_mb
+from seedbed.errors import DivergedError, OutOfMemoryError, SeedbedError
+from seedbed.generate import generate
+from seedbed.loss import linear_cross_entropy, token_losses
+from seedbed.optim import optimizer_tensors, set_learning_rate
+from seedbed.train.job import Job, batches_of
+from seedbed.train.progress import Display, perplexity
+from seedbed.train.stopping import StopRequest, Stopwatch, listen_for_signals
+
+TIME_LIMIT_EXIT_CODE = 75
+MAX_SKIPPED_IN_A_ROW = 10
+SAMPLE = SamplingOptions(max_new_tokens=60)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: `summary` is what stands in its `metrics.json`."""
+
+    path: Path
+    exit_code: int
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One update: nats summed over its target tokens, and the gradient's norm before clipping."""
+
+    loss_sum: float
+    tokens: int
+    learning_rate: float
+    grad_norm: float
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.tokens
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss_sum) and math.isfinite(self.grad_norm)
+
+
+def take_step(job: Job, budget_used: float) -> StepResult:
+    """One update from all micro-batches of the step, which count together by their tokens.
+
+    A non-finite gradient leaves the weights as they are.
+    """
+    batches = job.micro_batches(job.state.step)
+    tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
+    loss_sum = 0.0
+    for number, batch in enumerate(batches):
+        torch.manual_seed(dropout_seed(job.training.seed, job.state.step, number))
+        nats = batch_nats(job, batch.to(job.device, non_blocking=True))
+        job.scaler.scale(nats / tokens).backward()  # type: ignore[no-untyped-call]
+        loss_sum += float(nats.detach())
+    learning_rate = job.schedule.at(job.state.step + 1, budget_used)
+    set_learning_rate(job.optimizer, learning_rate)
+    job.scaler.unscale_(job.optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), job.training.max_grad_norm or math.inf)
+    result = StepResult(loss_sum, tokens, learning_rate, float(grad_norm))
+    if result.finite:
+        job.scaler.step(job.optimizer)
+    job.scaler.update()
+    job.optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+def train(job: Job, display: Display) -> Outcome:
+    """Run `job` until its steps, its patience, its hours or its user end it.
+
+    Raises:
+        DivergedError: too many updates in a row had non-finite gradients.
+        OutOfMemoryError: the device has no room for a micro-batch.
+        StorageError: a checkpoint could not be written.
+    """
+    loop = Loop(job, display)
+    try:
+        with listen_for_signals(display.line) as request, display:
+            status = loop.run(request)
+    except SeedbedError as error:
+        loop.summarize("diverged" if isinstance(error, DivergedError) else "failed")
+        raise
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        loop.summarize("failed")
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"{job.device}: out of memory with --batch_size {job.training.batch_size} and --max_seq_len "
+            f"{job.rows.max_seq_len}; halve --batch_size and double --grad_accumulation (the same update), "
+            "or add --gradient_checkpointing"
+        ) from error
+    exit_code = 0
+    if status == "time_limit":
+        exit_code = TIME_LIMIT_EXIT_CODE
+    elif status == "interrupted":
+        exit_code = request.exit_code
+    summary = loop.summarize(status)
+    display.closing(summary, job.run.path)
+    return Outcome(job.run.path, exit_code, summary)
+
+
+class Loop:
+    """The state of one sitting at a job."""
+
+    def __init__(self, job: Job, display: Display) -> None:
+        self.job = job
+        self.state = job.state
+        self.display = display
+        self.watch = Stopwatch(self.state.seconds, job.training.max_training_hours)
+        self.first_step = self.state.step
+        self.first_second = self.watch.seconds
+        self.step_seconds = 0.0  # of a slow recent step
+        self.total_step_seconds = 0.0
+        self.sitting_tokens = 0
+        self.save_seconds = 0.5 + 3 * model_bytes(job) / 500e6  # until one was measured
+        self.saved: tuple[int, Path] | None = None
+
+    def run(self, request: StopRequest) -> str:
+        """Rare events above, the step below; the extra turn at the end needs no second code path."""
+        job, state = self.job, self.state
+        self.summarize("running")
+        job.model.train()
+        while True:
+            if self.validation_due() and not self.validate(request):
+                return self.stop_with("interrupted", f"step-{state.step}")
+            if self.epoch_ended():
+                self.close_epoch()
+            elif self.due(job.watching.save_every):
+                self.save_and_rotate("step", state.step)
+            if self.ended():
+                return self.stop_with("done", "final")
+            if self.out_of_patience():
+                return self.stop_early()
+            if request.signal is not None:
+                return self.stop_with("interrupted", f"step-{state.step}")
+            if self.watch.seconds_left < self.step_seconds + self.save_seconds:
+                return self.stop_with("time_limit", "time-limit")
+
+            began = self.watch.seconds
+            result = take_step(job, self.watch.share_used)
+            state.step += 1
+            self.record(result, self.watch.seconds - began)
+
+    # When things are due
+
+    def due(self, every: int) -> bool:
+        return self.state.step > 0 and self.state.step % every == 0
+
+    def ended(self) -> bool:
+        return self.job.total_steps is not None and self.state.step >= self.job.total_steps
+
+    def epoch_ended(self) -> bool:
+        return self.state.step >= (self.state.closed_epochs + 1) * self.job.steps_per_epoch
+
+    def validation_due(self) -> bool:
+        due = self.due(self.job.watching.eval_every) or self.epoch_ended() or self.ended()
+        return due and self.state.validated_step < self.state.step
+
+    def out_of_patience(self) -> bool:
+        return 0 < self.job.watching.early_stopping_patience <= self.state.epochs_without_improvement
+
+    # What happens then
+
+    def record(self, result: StepResult, seconds: float) -> None:
+        """Count a step, write its record, and give up when updates fail again and again."""
+        state = self.state
+        self.total_step_seconds += seconds
+        self.step_seconds = max(seconds, 0.9 * self.step_seconds)
+        if not result.finite:
+            self.record_skip()
+            return
+        state.skipped_in_a_row = 0
+        state.tokens += result.tokens
+        state.epoch_loss_sum += result.loss_sum
+        state.epoch_tokens += result.tokens
+        self.sitting_tokens += result.tokens
+        metrics = {
+            "train_loss": result.loss,
+            "train_ppl": perplexity(result.loss),
+            "lr": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": round(result.tokens / max(seconds, 1e-9), 1),
+            "memory_mb": round(peak_memory_mb(self.job.device), 1),
+            "remaining_hours": self.remaining_hours(),
+        }
+        self.write(metrics)
+        self.display.step(state.step, self.job.total_steps, metrics)
+
+    def record_skip(self) -> None:
+        job, state = self.job, self.state
+        state.skipped_in_a_row += 1
+        first = (state.step - 1) % job.steps_per_epoch * job.rows_per_step
+        last = min(first + job.rows_per_step, len(job.rows)) - 1
+        job.run.event("skipped_step", state.step, reason="non-finite loss or gradient", rows=[first, last])
+        self.display.line(f"Step {state.step}: the loss or its gradient is not finite; update skipped")
+        if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise DivergedError(
+                f"step {state.step}: {MAX_SKIPPED_IN_A_ROW} updates in a row had a non-finite loss or gradient; "
+                f"lower --learning_rate (now {job.training.learning_rate:g}) or lengthen --warmup_steps"
+            )
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """One record of `metrics.jsonl` and, at their frequency, the points of TensorBoard."""
+        state = self.state
+        record = {
+            "step": state.step,
+            "epoch": round(state.step / self.job.steps_per_epoch, 6),
+            "tokens": state.tokens,
+            "elapsed_hours": round(self.watch.hours, 6),
+            **metrics,
+        }
+        self.job.run.append("metrics.jsonl", record)
+        if "val_loss" in metrics or self.due(self.job.watching.log_every):
+            self.job.board.add(state.step, metrics)
+
+    def validate(self, request: StopRequest) -> bool:
+        """Measure the whole held-out set, sample, let `best/` follow; False when a signal cut it short."""
+        job, state = self.job, self.state
+        improved = False
+        if job.validation is not None:
+            loss = validation_loss(job, request, self.display)
+            if loss is None:
+                return False
+            improved = math.isfinite(loss) and loss < (state.best_val_loss or math.inf)
+            state.val_loss = loss if math.isfinite(loss) else None
+            if state.val_loss is not None:
+                self.write({"val_loss": loss, "val_ppl": perplexity(loss)})
+            if not self.epoch_ended():  # an epoch has its own lines
+                self.display.validation(state.step, loss)
+        state.validated_step = state.step
+        self.sample()
+        if improved:
+            state.best_val_loss, state.best_step = state.val_loss, state.step
+            self.save("best")
+        self.summarize("running")
+        return True
+
+    def sample(self) -> None:
+        """Let the model continue the fixed prompt: one seed throughout, so that only the weights differ."""
+        job, prompt = self.job, self.job.watching.sample_prompt
+        [completion] = generate(job.model, job.tokenizer, [prompt], SAMPLE)
+        job.run.append("samples.jsonl", {"step": self.state.step, "prompt": prompt, "text": completion.text})
+        self.display.sample(self.state.step, prompt + completion.text)
+
+    def close_epoch(self) -> None:
+        """Report the epoch, count towards early stopping, save."""
+        job, state = self.job, self.state
+        epoch, first_step = state.closed_epochs + 1, state.closed_epochs * job.steps_per_epoch
+        improved = state.best_step > first_step
+        if job.validation is not None:
+            state.epochs_without_improvement = 0 if improved else state.epochs_without_improvement + 1
+        self.display.epoch(epoch, job.epochs, state)
+        state.closed_epochs, state.epoch_loss_sum, state.epoch_tokens = epoch, 0.0, 0
+        folder = self.save_and_rotate("epoch", epoch)
+        self.display.line(f"  Checkpoint saved to {folder}")
+        self.display.line(f"  Elapsed: {self.watch.hours:.2f}h | Remaining: {self.remaining_hours():.2f}h")
+
+    def save_and_rotate(self, kind: str, number: int) -> Path:
+        folder = self.save(f"{kind}-{number}")
+        rotate(self.job.run.checkpoints, kind, self.job.watching.keep_checkpoints)
+        return folder
+
+    def save(self, name: str) -> Path:
+        """Save under `name`; another name for the weights just saved costs next to nothing."""
+        job, state = self.job, self.state
+        folder = job.run.checkpoints / name
+        state.seconds = began = self.watch.seconds
+        state.scaler = job.scaler.state_dict()
+        state.records = job.run.positions()
+        if self.saved and self.saved[0] == state.step and self.saved[1].exists() and self.saved[1] != folder:
+            link_checkpoint(self.saved[1], folder, state.to_json())
+            return folder
+        tensors = optimizer_tensors(job.model, job.optimizer)
+        save_checkpoint(folder, job.model, job.tokenizer, tensors, state.to_json())
+        self.save_seconds = max(self.watch.seconds - began, 0.5 * self.save_seconds)
+        self.saved = (state.step, folder)
+        return folder
+
+    def stop_with(self, status: str, name: str) -> str:
+        if self.state.step > 0:
+            self.save(name)
+        return status
+
+    def stop_early(self) -> str:
+        """End with the best weights, not the last."""
+        checkpoints = self.job.run.checkpoints
+        best = checkpoints / "best"
+        link_checkpoint(best, checkpoints / "final", read_state(best))
+        return "early_stopped"
+
+    def remaining_hours(self) -> float:
+        """Until the steps are done at this sitting's pace, or the hours run out, whichever comes first."""
+        left = self.watch.seconds_left
+        done = self.state.step - self.first_step
+        if self.job.total_steps is not None and done > 0:
+            pace = (self.watch.seconds - self.first_second) / done
+            left = min(left, pace * (self.job.total_steps - self.state.step))
+        return round(left / 3600, 6)
+
+    def summarize(self, status: str) -> dict[str, Any]:
+        """Write and return `metrics.json`."""
+        job, state = self.job, self.state
+        best = state.best_val_loss
+        parameters = list(job.model.parameters())
+        summary = {
+            "status": status,
+            "steps": state.step,
+            "total_steps": job.total_steps,
+            "tokens": state.tokens,
+            "best_step": state.best_step or None,
+            "best_val_loss": best,
+            "best_val_ppl": None if best is None else perplexity(best),
+            "bits_per_byte": None if best is None or not job.validation else job.validation.bits_per_byte(best),
+            "hours": round(self.watch.hours, 6),
+            "tokens_per_second": round(self.sitting_tokens / max(self.total_step_seconds, 1e-9), 1),
+            "peak_memory_mb": round(peak_memory_mb(job.device), 1),
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "device": describe(job.device),
+            "precision": job.precision,
+            "seed": job.training.seed,
+            "parent": job.parent,
+            "judge": None,
+            "notes": "",
+        }
+        job.run.write_summary(summary)
+        return summary
+
+
+def batch_nats(job: Job, batch: Any) -> torch.Tensor:
+    """Nats summed over the targets of one micro-batch, differentiable."""
+    with autocast(job.device, job.precision):
+        hidden = job.forward(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
+        return linear_cross_entropy(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
+
+
+@torch.inference_mode()
+def validation_loss(job: Job, request: StopRequest, display: Display) -> float | None:
+    """Nats per target over the whole held-out set, without dropout; None when a signal came in between."""
+    assert job.validation is not None
+    rows = job.validation.rows
+    total = 0.0
+    job.model.eval()
+    for batch in display.watch_validation(batches_of(rows, 0, 0, len(rows), job.training.batch_size), len(rows)):
+        if request.signal is not None:
+            break
+        batch = batch.to(job.device)
+        with autocast(job.device, job.precision):
+            hidden = job.forward(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
+            losses = token_losses(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
+        total += float(losses.double().sum())
+    job.model.train()
+    return None if request.signal is not None else total / rows.num_targets
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int, rank: int = 0) -> int:
+    """Seed of the random numbers inside one micro-batch: a pure function, so there is no state to save."""
+    key = f"{seed}/{step}/{micro_batch}/{rank}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
+def model_bytes(job: Job) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in job.model.parameters())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a type for it; the CPU's allocator raises a RuntimeError that says so."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,0 +1,38 @@
+"""Training from scratch, from a config to the end of the run."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from seedbed.config import Config
+from seedbed.train.build import build_pretraining
+from seedbed.train.loop import Outcome, train
+from seedbed.train.progress import Display
+from seedbed.train.resume import AlreadyFinished, open_run
+
+
+def pretrain(config: Config, console: Console) -> Outcome:
+    """Train a model from scratch, or go on with the unfinished run that `config` means.
+
+    Raises:
+        SeedbedError: see `seedbed.errors`; before training begins nothing is left behind.
+    """
+    display = Display(console, config.watching.log_every)
+    start = open_run(config)
+    if isinstance(start, AlreadyFinished):
+        display.line(f"{start.path} is finished; choose another --output for a new run")
+        return Outcome(start.path, 0, start.summary)
+    try:
+        for remark in start.remarks:
+            display.line(f"Warning: {remark}; going on from an older checkpoint")
+        job = build_pretraining(start, display)
+        if start.checkpoint is not None:
+            start.run.event("resume", job.state.step, checkpoint=str(start.checkpoint), remarks=list(start.remarks))
+            display.line(f"Going on from {start.checkpoint} at step {job.state.step}")
+        try:
+            return train(job, display)
+        finally:
+            job.board.close()
+    finally:
+        start.run.discard_if_empty()
+        start.run.close()

@@ -1,0 +1,45 @@
+"""What training must remember to go on as if it had never stopped, apart from weights and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass
+class TrainingState:
+    """Plain numbers, saved as JSON with every checkpoint.
+
+    The order of the data and all random numbers follow from the seed and `step`, so neither a
+    position in the data nor a random state needs to be kept.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    """Target tokens trained on."""
+    seconds: float = 0.0
+    """Training time used, in all sittings."""
+    epoch_loss_sum: float = 0.0
+    """Nats summed over the current epoch's tokens."""
+    epoch_tokens: int = 0
+    validated_step: int = 0
+    """Step of the last finished validation."""
+    val_loss: float | None = None
+    closed_epochs: int = 0
+    """Epochs whose end was reported, judged for early stopping and saved."""
+    best_val_loss: float | None = None
+    best_step: int = 0
+    epochs_without_improvement: int = 0
+    skipped_in_a_row: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """State of the float16 loss scaler."""
+    records: dict[str, int] = field(default_factory=dict)
+    """Length of the run's record files in bytes."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainingState:
+        known = {item.name for item in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})

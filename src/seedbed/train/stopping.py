@@ -1,0 +1,72 @@
+"""Reasons to stop early: signals and the clock."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+
+@dataclass
+class StopRequest:
+    """Set by the first signal; the loop finishes its step, saves and leaves."""
+
+    signal: signal.Signals | None = None
+
+    @property
+    def exit_code(self) -> int:
+        assert self.signal is not None
+        return 128 + self.signal.value
+
+
+@contextlib.contextmanager
+def listen_for_signals(announce: Callable[[str], None]) -> Iterator[StopRequest]:
+    """Turn SIGINT, SIGTERM and SIGHUP into a `StopRequest`; a second one leaves at once."""
+    request = StopRequest()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if request.signal is not None:
+            raise KeyboardInterrupt
+        request.signal = signal.Signals(number)
+        announce(f"{request.signal.name}: saving after this step; once more leaves at once without saving")
+
+    previous = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        # Outside the main thread (some notebooks) handlers cannot be set; Python's own then apply.
+        with contextlib.suppress(ValueError, AttributeError):
+            number = getattr(signal, name)
+            previous[number] = signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Stopwatch:
+    """Seconds of training, counting earlier sittings, against a budget in hours."""
+
+    def __init__(self, used: float, hours: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._start = clock() - used
+        self._budget = hours * 3600
+
+    @property
+    def seconds(self) -> float:
+        return self._clock() - self._start
+
+    @property
+    def hours(self) -> float:
+        return self.seconds / 3600
+
+    @property
+    def share_used(self) -> float:
+        """Share of the budget that is gone, 0 to 1."""
+        return min(1.0, self.seconds / self._budget)
+
+    @property
+    def seconds_left(self) -> float:
+        return max(0.0, self._budget - self.seconds)
