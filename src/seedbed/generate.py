@@ -90,7 +90,7 @@ def _write(model: Decoder, rows: list[_Row], options: SamplingOptions, on_text: 
     real = pad(real, (0, steps), value=True).to(weight.device)
     uniform = None
     if not options.greedy:
-        uniform = uniform_rows(options.seed, [row.stream for row in rows], steps).to(weight.device)
+        uniform = uniform_rows(options.seed, [row.repeat for row in rows], steps).to(weight.device)
     fed = history[:, :width]  # (B, T), then (B, 1)
     for step in range(steps):
         logits = _next_logits(model, fed, cache)  # (B, V)
@@ -132,7 +132,7 @@ class _Row:
         prompt: str,
         prompt_ids: list[int],
         *,
-        stream: int,
+        repeat: int,
         limit: int,
         tokenizer: Tokenizer,
         stop: tuple[str, ...],
@@ -140,12 +140,12 @@ class _Row:
         self.index = index
         self.prompt = prompt
         self.prompt_ids = prompt_ids
-        self.stream = stream
+        self.repeat = repeat  # how often the same prompt came before: its own random numbers
         self.limit = limit
         self.finish_reason: FinishReason | None = None
         self._eos_id = tokenizer.eos_id
         self._token_ids: list[int] = []
-        self._stream = TextStream(tokenizer, prompt_ids, stop)
+        self._output = TextStream(tokenizer, prompt_ids, stop)
         self._text: list[str] = []
 
     def add(self, token: int) -> str:
@@ -155,12 +155,12 @@ class _Row:
             text = ""
         else:
             self._token_ids.append(token)
-            text = self._stream.push(token)
-        if self._stream.stopped:
+            text = self._output.push(token)
+        if self._output.stopped:
             self.finish_reason = "stop"
         elif self.finish_reason or len(self._token_ids) == self.limit:
-            text += self._stream.close()
-            self.finish_reason = "stop" if self._stream.stopped else self.finish_reason or "length"
+            text += self._output.close()
+            self.finish_reason = "stop" if self._output.stopped else self.finish_reason or "length"
         self._text.append(text)
         return text
 
@@ -189,7 +189,7 @@ def _rows(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], options:
             index,
             prompt,
             ids,
-            stream=times[prompt],
+            repeat=times[prompt],
             # Every token but the last takes a position.
             limit=min(options.max_new_tokens, positions - len(ids) + 1),
             tokenizer=tokenizer,

@@ -10,7 +10,7 @@ import click
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from seedbed.config import FLAGS, Layer, Section, read_config_file
+from seedbed.config import FLAGS, REGIMES, Layer, Section, read_config_file
 from seedbed.errors import ConfigError, did_you_mean
 
 S = TypeVar("S", bound=Section)
@@ -37,7 +37,7 @@ class SectionOption(click.Option):
             multiple=many,
             type=None if _is_bool(field) else str,
             metavar=None if _is_bool(field) else _metavar(field),
-            help=f"{field.description}{_default(field)}",
+            help=f"{field.description}{_default(name, field)}",
         )
 
 
@@ -135,8 +135,10 @@ def _metavar(field: FieldInfo) -> str:
     return "INTEGER" if "int" in text else "NUMBER" if "float" in text else "TEXT"
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required() or field.default in (None, "", ()):
+def _default(name: str, field: FieldInfo) -> str:
+    if field.is_required():
+        return " [" + ", ".join(f"{values[name]} {regime}" for regime, values in REGIMES.items()) + "]"
+    if field.default in (None, "", ()):
         return ""
     if isinstance(field.default, bool):
         return f" [{'on' if field.default else 'off'}]"

@@ -2,6 +2,7 @@
 
 from seedbed.config.options import (
     FREE_TO_CHANGE,
+    REGIMES,
     SECTIONS,
     DataOptions,
     ModelOptions,
@@ -25,6 +26,7 @@ from seedbed.config.resolve import (
 __all__ = [
     "FLAGS",
     "FREE_TO_CHANGE",
+    "REGIMES",
     "SECTIONS",
     "Config",
     "DataOptions",

@@ -50,7 +50,7 @@ class ModelOptions(Section):
     """Model"""
 
     model: str = Field(
-        "small", description="A preset (`seedbed pretrain --model list`) or a folder with a config.json."
+        "small", description="tiny, small, medium, distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a config.json."
     )
     arch: Arch | None = Field(None, description="Family of the decoder.")
     d_model: Positive | None = Field(None, description="Width of the residual stream.")

@@ -127,7 +127,7 @@ def _read_json_array(path: Path, content: str, text_column: str) -> Iterator[str
 def _json_reason(error: ValueError) -> str:
     if isinstance(error, json.JSONDecodeError):
         where = f"line {error.lineno}, " if error.lineno > 1 else ""
-        return f"{error.msg} at {where}column {error.colno}"
+        return f"{error.msg.removesuffix(' at')} at {where}column {error.colno}"
     return str(error)
 
 

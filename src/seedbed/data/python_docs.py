@@ -27,6 +27,7 @@ SKIPPED = frozenset(
 )
 
 AT_LEAST_BYTES = 100_000
+REPEATABLE_CHARS = 80  # below this a paragraph is a phrase such as "Return a copy." that anyone may repeat
 
 # What is not sentences: rule lines under titles, grammar productions, the prompts of interpreter sessions,
 # and a line that is a signature alone.
@@ -47,9 +48,8 @@ def python_docs() -> tuple[str, ...]:
     for title, parts in _all_parts():
         sections = [title]
         for name, text in parts:
-            if text not in seen:  # docstrings are inherited and copied a lot
-                seen.add(text)
-                sections.append(f"{name}\n{text}" if name else text)
+            if fresh := _drop_repeated(text, seen):
+                sections.append(f"{name}\n{fresh}" if name else fresh)
         if len(sections) > 1:
             documents.append("\n\n".join(sections))
     num_bytes = sum(len(text.encode()) for text in documents)
@@ -59,6 +59,29 @@ def python_docs() -> tuple[str, ...]:
             "this Python was built without it. Use another Python, or give --data a text file"
         )
     return tuple(documents)
+
+
+def _drop_repeated(text: str, seen: set[str]) -> str:
+    """A part without the paragraphs that occurred before, short ones excepted; nothing if that is too little.
+
+    Topics quote each other and docstrings are inherited and copied, and a paragraph that is in two documents
+    could be trained on in one and be held out in the other.
+    """
+    if not _is_new(text, seen):
+        return ""
+    paragraphs = text.split("\n\n")
+    short = {paragraph for paragraph in paragraphs if len(paragraph) < REPEATABLE_CHARS}
+    fresh = [
+        paragraph for paragraph in paragraphs if paragraph in short or paragraph == text or _is_new(paragraph, seen)
+    ]
+    return "\n\n".join(fresh) if len(fresh) == len(paragraphs) or not short.issuperset(fresh) else ""
+
+
+def _is_new(text: str, seen: set[str]) -> bool:
+    words = " ".join(text.split())
+    new = words not in seen
+    seen.add(words)
+    return new
 
 
 def _all_parts() -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -87,7 +110,7 @@ def _topics() -> Iterator[tuple[str, str]]:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions leave it out
         return
-    for name in sorted(topics):
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):  # the long ones quote the others
         title, _, text = topics[name].strip().partition("\n")
         prose = _prose(text)
         if prose:
@@ -139,7 +162,8 @@ def _clean_paragraph(paragraph: str) -> str:
     lines = [line.rstrip() for line in paragraph.splitlines()]
     if any(PROMPT.match(line) or GRAMMAR.match(line) for line in lines):
         return ""
-    letters = sum(character.isalpha() or character.isspace() for character in paragraph)
-    if letters < 0.85 * len(paragraph) and not paragraph.rstrip().endswith((".", "!", "?", ":")):
+    kept = "\n".join(line for line in lines if not RULE_LINE.fullmatch(line) and not SIGNATURE.fullmatch(line))
+    letters = sum(character.isalpha() or character.isspace() for character in kept)
+    if letters < 0.85 * len(kept) and not kept.endswith((".", "!", "?", ":")):
         return ""  # lines of code
-    return "\n".join(line for line in lines if line and not RULE_LINE.fullmatch(line) and not SIGNATURE.fullmatch(line))
+    return kept

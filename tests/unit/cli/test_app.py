@@ -1,0 +1,270 @@
+"""The command line as a contract: which verbs and flags there are, and what becomes of mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from seedbed import __version__
+from seedbed.cli.app import run
+
+DATA = {
+    "--data",
+    "--val_data",
+    "--val_split",
+    "--text_column",
+    "--document",
+    "--tokenizer",
+    "--vocab_size",
+    "--max_seq_len",
+    "--packing",
+    "--no_packing",
+}
+MODEL = {
+    "--model",
+    "--arch",
+    "--d_model",
+    "--num_layers",
+    "--num_heads",
+    "--num_kv_heads",
+    "--d_ff",
+    "--dropout",
+    "--tie_embeddings",
+    "--no_tie_embeddings",
+}
+TRAINING = {
+    "--epochs",
+    "--max_steps",
+    "--max_training_hours",
+    "--batch_size",
+    "--grad_accumulation",
+    "--learning_rate",
+    "--min_lr",
+    "--warmup_steps",
+    "--warmup_ratio",
+    "--lr_schedule",
+    "--optimizer",
+    "--weight_decay",
+    "--beta1",
+    "--beta2",
+    "--epsilon",
+    "--max_grad_norm",
+    "--precision",
+    "--gradient_checkpointing",
+    "--no_gradient_checkpointing",
+    "--compile",
+    "--no_compile",
+    "--seed",
+    "--device",
+}
+WATCHING = {
+    "--eval_every",
+    "--log_every",
+    "--early_stopping_patience",
+    "--save_every",
+    "--keep_checkpoints",
+    "--output",
+    "--resume",
+    "--no_resume",
+    "--resume_from",
+    "--tensorboard",
+    "--no_tensorboard",
+    "--sample_prompt",
+}
+SAMPLING = {
+    "--max_new_tokens",
+    "--temperature",
+    "--top_k",
+    "--top_p",
+    "--repetition_penalty",
+    "--no_repeat_ngram",
+    "--greedy",
+    "--no_greedy",
+    "--stop",
+    "--seed",
+}
+EVERY_TRAINING_FLAG = DATA | MODEL | TRAINING | WATCHING
+
+FLAGS: dict[str, set[str]] = {
+    "demo": {"--json"} | EVERY_TRAINING_FLAG,
+    "pretrain": {"--config", "--json"} | EVERY_TRAINING_FLAG,
+    "plan pretrain": {"--config", "--json"} | EVERY_TRAINING_FLAG,
+    "evaluate": {
+        "--model",
+        "--data",
+        "--text_column",
+        "--document",
+        "--max_seq_len",
+        "--stride",
+        "--batch_size",
+        "--device",
+        "--json",
+    },
+    "generate": {"--model", "--prompt", "--prompt_file", "--device", "--json"} | SAMPLING,
+    "tokenizer train": {"--type", "--output", "--json"} | DATA,
+    "tokenizer show": {"--text", "--data", "--json"},
+    "data list": {"--json"},
+    "data show": {"--num", "--json"} | DATA,
+    "verify": {"--json"},
+}
+"""Adding a flag is a line here; renaming or removing one breaks somebody's scripts."""
+
+
+def listed_flags(help_text: str) -> set[str]:
+    heads = [line[2:].split("  ")[0] for line in help_text.splitlines() if line.startswith("  -")]
+    return {flag for head in heads for flag in re.findall(r"--[a-z_0-9]+", head)}
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_help_lists_the_flags_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*verb.split(), "--help"]) == 0
+    captured = capsys.readouterr()
+    assert listed_flags(captured.out) - {"--help"} == FLAGS[verb]
+    assert captured.err == ""
+
+
+def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    text = capsys.readouterr().out
+    listed = re.findall(r"^  ([a-z]+)  ", text, flags=re.MULTILINE)
+    assert set(listed) == {verb.split()[0] for verb in FLAGS}
+
+
+@pytest.mark.parametrize("verb", [verb for verb in FLAGS if FLAGS[verb] >= DATA])
+def test_help_shows_flags_by_section_with_defaults(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run([*verb.split(), "--help"])
+    text = capsys.readouterr().out
+    assert "\nData:\n" in text
+    assert "[256]" in text
+    assert " ".join(text.split()).count("[on]") >= 1
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"seedbed, version {__version__}\n"
+
+
+def test_hyphens_work_like_underscores(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--vocab_size", "300", "--model", "tiny", "--json"]
+    assert run(["plan", "pretrain", "--d_model", "48", "--no_tie_embeddings", *shape]) == 0
+    underscores = capsys.readouterr().out
+    assert run(["plan", "pretrain", "--d-model", "48", "--no-tie-embeddings", *shape]) == 0
+    assert capsys.readouterr().out == underscores
+    assert run(["plan", "pretrain", "--d-model=48", "--no-tie_embeddings", *shape]) == 0
+    assert capsys.readouterr().out == underscores
+
+
+def test_every_unknown_flag_is_listed_with_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
+    code = run(["pretrain", "--data", "x", "--lerning_rate", "3", "--num-layrs=4", "--xyzzy", "--epochs", "yes"])
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 4
+    assert "error: unknown option --lerning_rate; did you mean learning_rate?" in lines
+    assert "error: unknown option --num_layrs; did you mean num_layers?" in lines
+    assert "error: unknown option --xyzzy" in lines
+    assert any("--epochs yes (set on the command line)" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "--model", "m", "--strid", "3"],
+        ["generate", "--model", "m", "--top_kk", "3"],
+        ["tokenizer", "show", "t", "--txt", "3"],
+        ["tokenizer", "train", "--output", "o", "--dta", "3"],
+        ["data", "show", "--dta", "x"],
+        ["data", "list", "--jsn"],
+        ["verify", "f", "--jsn"],
+        ["demo", "--seeed", "1"],
+        ["plan", "pretrain", "--modle", "tiny"],
+    ],
+)
+def test_each_verb_refuses_an_unknown_flag(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(words) == 2
+    error = capsys.readouterr().err
+    assert "unknown option --" in error
+    assert "did you mean" in error
+
+
+@pytest.mark.parametrize("words", [["pretrian"], ["pretrain", "book.txt"], ["data"], ["pretrain", "--device"]])
+def test_words_that_are_no_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out + captured.err
+
+
+def test_a_missing_value_is_said_for_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate"]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "parameters"),
+    [
+        (["--model", "gpt2-medium"], 354_823_168),
+        (["--model", "gpt2-medium", "--no_tie_embeddings"], 406_286_336),
+        (["--model", "gpt2-large", "--no_tie_embeddings"], 838_359_040),
+        (["--model", "gpt2-xl", "--no_tie_embeddings"], 1_638_022_400),
+        (["--config", "gpt2"], 124_439_808),
+    ],
+)
+def test_plan_counts_parameters(flags: list[str], parameters: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "pretrain", *flags, "--json"]) == 0
+    captured = capsys.readouterr()
+    facts = json.loads(captured.out)
+    assert facts["parameters"] == facts["trainable_parameters"] == parameters
+    assert facts["parameters_mb"] == pytest.approx(parameters * 4 / 2**20, abs=0.01)
+    assert captured.out.count("\n") == 1
+
+
+def test_plan_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "pretrain", "--model", "gpt2-medium"]) == 0
+    text = capsys.readouterr().out
+    assert "354,823,168" in text
+    assert "1,353.5 MB" in text
+
+
+def test_plan_refuses_contradictions_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "pretrain", "--model", "medium", "--num_kv_heads", "5"]) == 2
+    assert "num_heads 12 is not a multiple of num_kv_heads 5" in capsys.readouterr().err
+
+
+def test_a_file_gives_values_and_flags_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "shape.yaml"
+    path.write_text("model: tiny\nvocab-size: 300\nnum_layers: 3\n", encoding="utf-8")
+    assert run(["plan", "pretrain", "--config", str(path), "--json"]) == 0
+    three = json.loads(capsys.readouterr().out)["parameters"]
+    assert run(["plan", "pretrain", "--config", str(path), "--num_layers", "4", "--json"]) == 0
+    four = json.loads(capsys.readouterr().out)["parameters"]
+    assert four > three
+
+
+NO_TORCH = """
+import sys
+from seedbed.cli.app import run
+assert run({arguments!r}) == 0
+heavy = [name for name in ("torch", "numpy", "tokenizers", "transformers") if name in sys.modules]
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["data", "list"], ["--version"]])
+def test_help_and_lists_need_no_torch(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TORCH.format(arguments=arguments)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_the_program_is_the_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "seedbed", "--nonsense"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "nonsense" in done.stderr

@@ -1,0 +1,131 @@
+"""pretrain, evaluate and generate on the command line: one JSON object there, everything else elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seedbed.cli.app import run
+
+
+def run_json(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    assert run([*words, "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    result = json.loads(printed)
+    assert isinstance(result, dict)
+    return result
+
+
+def test_pretrain_prints_its_summary(
+    small_text_file: Path, tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    words = ["pretrain", "--data", str(small_text_file), "--output", str(output), "--max_steps", "2", *tiny_flags]
+    assert run([*words, "--json"]) == 0
+    captured = capsys.readouterr()
+    facts = json.loads(captured.out)
+    assert facts.pop("run") == str(output)
+    assert facts == json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    assert facts["status"] == "done"
+    assert facts["steps"] == 2
+    assert "Training complete!" in captured.err
+
+
+def test_a_finished_run_is_left_alone(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*") if path.is_file()}
+    assert run(["pretrain", "--config", str(tiny_run / "config.yaml")]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*") if path.is_file()} == before
+
+
+def test_the_config_of_a_run_repeats_it(
+    small_text_file: Path, tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    # One step an epoch: more steps than the regime's epochs have, because only the steps were chosen.
+    batch = ["--batch_size", "1000", "--max_steps", "5"]
+    words = ["pretrain", "--data", str(small_text_file), *tiny_flags, *batch]
+    ran = run_json([*words, "--output", str(first)], capsys)
+    repeated = run_json(["pretrain", "--config", str(first / "config.yaml"), "--output", str(second)], capsys)
+    assert ran["steps"] == repeated["steps"] == 5
+    assert repeated["best_val_loss"] == ran["best_val_loss"]
+
+
+def test_evaluate_on_a_text_and_on_what_the_run_held_out(
+    tiny_run: Path, small_text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = run_json(["evaluate", "--model", str(tiny_run), "--data", str(small_text_file)], capsys)
+    assert set(facts) == {
+        "nats_per_token",
+        "token_ppl",
+        "word_ppl",
+        "bits_per_byte",
+        "tokens",
+        "words",
+        "bytes",
+        "max_seq_len",
+        "stride",
+        "model",
+        "data",
+    }
+    assert facts["bytes"] == small_text_file.stat().st_size
+    assert facts["max_seq_len"] == facts["stride"] == 32
+    held_out = run_json(["evaluate", "--model", str(tiny_run), "--stride", "16"], capsys)
+    assert held_out["stride"] == 16
+    assert 0 < held_out["bytes"] < facts["bytes"] / 4
+    assert held_out["data"] == f"held out by {tiny_run}"
+    same = run_json(["evaluate", "--model", str(tiny_run / "checkpoints" / "best"), "--stride", "16"], capsys)
+    assert same["nats_per_token"] == held_out["nats_per_token"]
+
+
+def test_evaluate_for_people(tiny_run: Path, small_text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate", "--model", str(tiny_run), "--data", str(small_text_file)]) == 0
+    text = capsys.readouterr().out
+    for name in ("Nats per token", "Token perplexity", "Word perplexity", "Bits per byte", "Context", "Stride"):
+        assert name in text
+
+
+def test_generate_is_seeded_and_streams_what_it_returns(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "--model", str(tiny_run), "--prompt", "The ", "--max_new_tokens", "12", "--seed", "3"]
+    facts = run_json(words, capsys)
+    [completion] = facts["completions"]
+    assert completion["prompt"] == "The "
+    assert completion["finish_reason"] in ("length", "eos", "stop")
+    assert run_json(words, capsys) == facts
+    assert run(words) == 0
+    assert capsys.readouterr().out == f"The {completion['text']}\n"
+    other = run_json([*words[:-1], "4"], capsys)
+    assert other != facts
+
+
+def test_generate_answers_a_batch_and_a_file(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text("From a file", encoding="utf-8")
+    words = ["generate", "--model", str(tiny_run), "--prompt", "One", "--prompt", "Another", "--prompt_file", str(path)]
+    facts = run_json([*words, "--max_new_tokens", "4", "--greedy"], capsys)
+    assert [completion["prompt"] for completion in facts["completions"]] == ["One", "Another", "From a file"]
+
+
+def test_generate_lists_every_wrong_option(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--temperature", "0", "--top_p", "2", "--max_new_tokens", "some"]
+    assert run(["generate", "--model", str(tiny_run), *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["--max_new_tokens", "--temperature", "--top_p"]
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_prompt_file_that_cannot_be_read(
+    content: bytes | None, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompt.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert run(["generate", "--model", str(tiny_run), "--prompt_file", str(path)]) == 3
+    assert str(path) in capsys.readouterr().err

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seedbed.data import Source, Store, from_texts, held_out, open_source, open_store
+from seedbed.data import store as store_module
+from seedbed.data.store import split_long
+from seedbed.errors import DataError, StorageError
+from seedbed.text import Tokenizer, train_bpe, train_char
+
+TEXTS = ["The first document.", "A second one: naïve café, 東京.", "x", "The first document.", "Line\n\nline " * 50]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe(TEXTS, 300)
+
+
+def contents(store: Store) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(store.path.iterdir())]
+
+
+def test_a_store_holds_every_document(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    store = open_store(from_texts(TEXTS), tokenizer, cache=tmp_path)
+    assert store.num_documents == len(TEXTS)
+    for i, text in enumerate(TEXTS):
+        assert store.tokens(i).tolist() == [*tokenizer.encode(text), tokenizer.eos_id]
+    assert store.num_bytes.tolist() == [len(text.encode()) for text in TEXTS]
+    assert store.num_words.tolist() == [len(text.split()) for text in TEXTS]
+    assert store.num_tokens == sum(len(store.tokens(i)) for i in range(len(TEXTS)))
+    assert store.digests[0] == store.digests[3]
+    assert len(set(store.digests.tolist())) == 4
+    assert store.digests[2] == int.from_bytes(hashlib.blake2b(b"x", digest_size=8).digest(), "little")
+    assert (store.stream.dtype, store.eos_id, store.vocab_size) == (np.uint16, 0, 300)
+    with pytest.raises(ValueError, match="read-only"):
+        store.stream[0] = 1
+
+
+def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
+    characters = "".join(chr(0x20000 + i) for i in range(66_000))
+    tokenizer = train_char([characters])
+    store = open_store(from_texts([characters[-3:]]), tokenizer, cache=tmp_path)
+    assert store.stream.dtype == np.uint32
+    assert tokenizer.decode(store.tokens(0)[:-1].tolist()) == characters[-3:]
+
+
+def test_a_store_is_made_once(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_store(from_texts(TEXTS), tokenizer, cache=tmp_path)
+    monkeypatch.setattr(store_module, "_build", None)
+    again = open_store(from_texts(TEXTS, name="other name"), tokenizer, cache=tmp_path)
+    assert again.path == first.path
+
+
+def test_another_text_or_tokenizer_is_another_store(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    other = train_bpe(TEXTS, 290)
+    pairs = [(TEXTS, tokenizer), (TEXTS[1:], tokenizer), (TEXTS, other)]
+    assert len({open_store(from_texts(texts), by, cache=tmp_path).path for texts, by in pairs}) == 3
+
+
+def test_the_cache_is_where_the_environment_says(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEEDBED_CACHE", str(tmp_path / "here"))
+    assert open_store(from_texts(TEXTS), tokenizer).path.parent == tmp_path / "here"
+    monkeypatch.delenv("SEEDBED_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert open_store(from_texts(TEXTS), tokenizer).path.parent == tmp_path / "home/.cache/seedbed"
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "words.bin", "store.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_store_is_made_again(tokenizer: Tokenizer, tmp_path: Path, name: str, damage: str) -> None:
+    store = open_store(from_texts(TEXTS), tokenizer, cache=tmp_path)
+    good = contents(store)
+    file = store.path / name
+    if damage == "cut":
+        os.truncate(file, file.stat().st_size - 8)
+    else:
+        file.unlink()
+    with pytest.warns(UserWarning, match="damaged"):
+        again = open_store(from_texts(TEXTS), tokenizer, cache=tmp_path)
+    assert contents(again) == good
+
+
+def test_broken_text_leaves_nothing_behind(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"fine text\n" * 500_000 + b"\xff")
+    with pytest.raises(DataError, match="byte 5000000"):
+        open_store(open_source(str(path)), tokenizer, cache=tmp_path / "cache")
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_a_full_disk(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store_module, "_flush", full)
+    with pytest.raises(StorageError, match=r"No space left.*SEEDBED_CACHE"):
+        open_store(from_texts(TEXTS), tokenizer, cache=tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_progress_ends_with_everything(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    texts = ["some words in a row " * 5000] * 60
+    open_store(from_texts(texts), tokenizer, cache=tmp_path, progress=lambda done, total: seen.append((done, total)))
+    total = sum(len(text) for text in texts)
+    assert len(seen) > 2
+    assert seen == sorted(seen)
+    assert seen[-1] == (total, total)
+
+
+def test_a_document_in_pieces_has_the_tokens_of_the_whole(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    words = ["It's", "the", "naïve", "東京", "3.14", "end.\n\n", "(yes)", "  ", "don't", "\ttab", "x"]
+    text = " ".join(rng.choice(words) for _ in range(30_000))
+    pieces = split_long(text, 5000)
+    assert "".join(pieces) == text
+    assert len(pieces) > 20
+    tokenizer = train_bpe([text[:20_000]], 400)
+    assert [i for ids in tokenizer.encode_batch(pieces) for i in ids] == tokenizer.encode(text)
+    assert split_long("short", 5000) == ["short"]
+    assert "".join(split_long("y" * 12_001, 5000)) == "y" * 12_001
+
+
+def test_long_documents_are_stored_whole(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = ["before", "many words of text " * 40_000, "after"]
+    store = open_store(from_texts(texts), tokenizer, cache=tmp_path)
+    assert [tokenizer.decode(store.tokens(i)[:-1].tolist()) for i in range(3)] == texts
+
+
+def test_no_document_is_on_both_sides(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = [f"Document number {i % 70} says something of its own." for i in range(100)]
+    store = open_store(from_texts(texts), tokenizer, cache=tmp_path)
+    chosen = held_out(store.digests, store.num_bytes, 0.2)
+    held = {text for text, out in zip(texts, chosen, strict=True) if out}
+    kept = {text for text, out in zip(texts, chosen, strict=True) if not out}
+    assert held
+    assert kept
+    assert not held & kept
+
+
+# A process that says when the first batch is done, and then waits for a line on its input.
+BUILDER = """
+import sys
+from pathlib import Path
+from seedbed.data import from_texts, open_store
+from seedbed.text import Tokenizer
+
+def wait(done, total):
+    if done < total:
+        print("begun", flush=True)
+        sys.stdin.readline()
+
+texts = ["some words in a row " * 5000] * 45
+store = open_store(from_texts(texts), Tokenizer.load(sys.argv[1]), cache=Path(sys.argv[2]), progress=wait)
+print("tokens", store.num_tokens, flush=True)
+"""
+
+
+def start(tokenizer: Tokenizer, folder: Path) -> subprocess.Popen[str]:
+    tokenizer.save(folder / "tokenizer")
+    command = [sys.executable, "-c", BUILDER, str(folder / "tokenizer"), str(folder / "cache")]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def big_source() -> Source:
+    return from_texts(["some words in a row " * 5000] * 45)
+
+
+def test_two_processes_at_once_make_one_store(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    first, second = start(tokenizer, tmp_path), start(tokenizer, tmp_path)
+    outputs = [process.communicate("\n\n\n")[0].split() for process in (first, second)]
+    assert outputs[0][-2:] == outputs[1][-2:]
+    assert outputs[0][-2] == "tokens"
+    assert sorted(len(output) for output in outputs) != [2, 2]  # one of them made it
+    folders = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert len(folders) == 1
+    store = open_store(big_source(), tokenizer, cache=tmp_path / "cache")
+    assert [store.path] == folders
+
+
+def test_a_killed_process_leaves_no_half_store(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    process = start(tokenizer, tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    cache = tmp_path / "cache"
+    (half,) = cache.glob("*.tmp")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert half.exists()
+    other = open_store(from_texts(TEXTS), tokenizer, cache=cache)  # any build cleans up what is dead
+    assert not half.exists()
+    store = open_store(big_source(), tokenizer, cache=cache)
+    assert store.num_documents == 45
+    assert {path for path in cache.iterdir() if path.is_dir()} == {other.path, store.path}
+
+
+def test_a_living_build_is_left_alone(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    process = start(tokenizer, tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    open_store(from_texts(TEXTS), tokenizer, cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*.tmp"))) == 1
+    output, _ = process.communicate("\n\n\n")
+    assert output.split()[-2] == "tokens"
+    assert process.returncode == 0
+
+
+def test_the_facts_are_written_for_people_too(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    store = open_store(from_texts(TEXTS, name="mine"), tokenizer, cache=tmp_path)
+    facts = json.loads((store.path / "store.json").read_text())
+    assert (facts["source"], facts["documents"], facts["tokens"]) == ("mine", len(TEXTS), store.num_tokens)
+    assert facts["bytes"] == sum(store.num_bytes)

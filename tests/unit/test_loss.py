@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from seedbed import loss as module
+from seedbed.loss import IGNORE, chunk_tokens, linear_cross_entropy, token_losses
+
+N, V, D = 50, 31, 16
+
+
+@pytest.fixture(params=[7, 10, 1000], ids=["ragged chunks", "even chunks", "one chunk"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    size: int = request.param
+    monkeypatch.setattr(module, "chunk_tokens", lambda _vocab, _device: size)
+    return size
+
+
+def problem(ignored: tuple[int, ...] = (0, 3, 4, 49)) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, D, generator=g).requires_grad_()
+    weight = torch.randn(V, D, generator=g).requires_grad_()
+    labels = torch.randint(V, (N,), generator=g)
+    labels[list(ignored)] = IGNORE
+    return hidden, weight, labels
+
+
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
+
+
+def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("ignored", [(), (0, 3, 4, 49), tuple(range(N - 1))])
+@pytest.mark.parametrize("scale", [1.0, 1 / 46, 65536.0])
+def test_sum_and_gradients_are_those_of_plain_cross_entropy(ignored: tuple[int, ...], scale: float) -> None:
+    hidden, weight, labels = problem(ignored)
+    ours, theirs = linear_cross_entropy(hidden, weight, labels), plain(hidden, weight, labels)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-6)
+    got, expected = gradients(ours * scale, hidden, weight), gradients(theirs * scale, hidden, weight)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g / scale, e / scale, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("chunk")
+def test_token_losses_add_up() -> None:
+    hidden, weight, labels = problem()
+    nats = token_losses(hidden, weight, labels)
+    assert not nats.requires_grad
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    torch.testing.assert_close(nats, expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(nats.sum(), linear_cross_entropy(hidden, weight, labels).detach())
+
+
+def test_nothing_to_predict() -> None:
+    hidden, weight, labels = problem(tuple(range(N)))
+    loss = linear_cross_entropy(hidden, weight, labels)
+    assert loss.item() == 0
+    assert all(not g.any() for g in gradients(loss, hidden, weight))
+    assert token_losses(hidden, weight, labels).tolist() == [0.0] * N
+
+
+@pytest.mark.usefixtures("chunk")
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden, weight, labels = problem()
+    (only,) = gradients(linear_cross_entropy(hidden, weight.detach(), labels), hidden)
+    torch.testing.assert_close(only, gradients(plain(hidden, weight, labels), hidden)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_tied_weight_adds_both_gradients() -> None:
+    _, weight, labels = problem(())
+    ids = labels.roll(1)
+    ours = gradients(linear_cross_entropy(F.embedding(ids, weight), weight, labels), weight)[0]
+    theirs = gradients(plain(F.embedding(ids, weight), weight, labels), weight)[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("chunk")
+def test_under_autocast_only_the_products_are_rounded(dtype: torch.dtype) -> None:
+    hidden, weight, labels = problem()
+    with torch.autocast("cpu", dtype):
+        loss = linear_cross_entropy(hidden, weight, labels)
+        nats = token_losses(hidden, weight, labels)
+    assert loss.dtype == nats.dtype == torch.float32
+    rounded = F.cross_entropy((hidden.to(dtype) @ weight.to(dtype).T).float(), labels, reduction="sum")
+    torch.testing.assert_close(loss, rounded, atol=1e-3, rtol=1e-6)
+    got = gradients(loss, hidden, weight)
+    assert all(g.dtype == torch.float32 for g in got)
+    for g, e in zip(got, gradients(plain(hidden, weight, labels), hidden, weight), strict=True):
+        assert (g - e).norm() < 0.01 * e.norm()
+
+
+def test_half_precision_weights_get_gradients_of_their_own_type() -> None:
+    hidden, weight, labels = (t.detach() for t in problem())
+    hidden, weight = (t.bfloat16().requires_grad_() for t in (hidden, weight))
+    got = gradients(linear_cross_entropy(hidden, weight, labels), hidden, weight)
+    assert [g.dtype for g in got] == [torch.bfloat16] * 2
+
+
+def test_huge_logits_do_not_overflow() -> None:
+    hidden, weight, labels = problem()
+    loss = linear_cross_entropy(hidden * 1e4, weight, labels)
+    assert math.isfinite(loss.item())
+    assert all(g.isfinite().all() for g in gradients(loss, hidden, weight))
+
+
+def test_the_gradients_serve_one_backward() -> None:
+    hidden, weight, labels = problem()
+    loss = linear_cross_entropy(hidden, weight, labels)
+    torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    with pytest.raises(AssertionError, match="one backward"):
+        torch.autograd.grad(loss, (hidden, weight))
+
+
+class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most elements of any tensor made inside."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_the_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CPU_CHUNK", (8, 1 << 30))
+    hidden, weight, labels = problem()
+    with _Largest() as seen:
+        linear_cross_entropy(hidden, weight, labels).backward()  # type: ignore[no-untyped-call]
+        token_losses(hidden, weight, labels)
+    assert seen.numel == max(8 * V, N * D, V * D)
+    with _Largest() as seen:
+        plain(hidden, weight, labels)
+    assert seen.numel == N * V
+
+
+@pytest.mark.parametrize("vocab_size", [2, 65, 2000, 50257, 152_000, 10**9])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_a_chunk_fits_its_bytes(vocab_size: int, device: str) -> None:
+    tokens = chunk_tokens(vocab_size, device)
+    limit = (64 if device == "cpu" else 256) << 20
+    assert tokens == 1 or (tokens <= 4096 and 4 * tokens * vocab_size <= limit)
