@@ -121,7 +121,7 @@ def test_the_gradients_serve_one_backward() -> None:
         torch.autograd.grad(loss, (hidden, weight))
 
 
-class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
+class _Largest(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most elements of any tensor made inside."""
 
     numel = 0
@@ -137,11 +137,11 @@ class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
 def test_the_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CPU_CHUNK", (8, 1 << 30))
     hidden, weight, labels = problem()
-    with _Largest() as seen:
+    with _Largest() as seen:  # type: ignore[no-untyped-call]
         linear_cross_entropy(hidden, weight, labels).backward()  # type: ignore[no-untyped-call]
         token_losses(hidden, weight, labels)
     assert seen.numel == max(8 * V, N * D, V * D)
-    with _Largest() as seen:
+    with _Largest() as seen:  # type: ignore[no-untyped-call]
         plain(hidden, weight, labels)
     assert seen.numel == N * V
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from seedbed.model.config import DecoderConfig
 
+SHARES_HEADS = ("cpu",)  # where the fast kernel shares key-value heads with a mask too; elsewhere they are repeated
+
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (B or 1, 1, T, E/2), float32
 
 
@@ -43,8 +45,7 @@ class Attention(nn.Module):
             q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, E)
-        # Only the CPU's kernel shares heads with a mask too; on a GPU that would choose the slow, exact path.
-        share = self.groups > 1 and q.device.type == "cpu"
+        share = self.groups > 1 and q.device.type in SHARES_HEADS
         if self.groups > 1 and not share:
             k, v = (x.repeat_interleave(self.groups, dim=1) for x in (k, v))  # (B, H, S, E)
         y = F.scaled_dot_product_attention(
@@ -71,9 +72,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * self.weight).to(x.dtype)
+        """(..., size) to the same."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 def rotation(position_ids: Tensor, head_dim: int, theta: float) -> Rotation:

@@ -108,7 +108,9 @@ def from_scratch(
 def _size_problems(c: DecoderConfig) -> list[str]:
     names = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "max_seq_len")
     problems = [f"{n} {getattr(c, n)}: expected at least 1" for n in names if getattr(c, n) < 1]
-    # A head_dim of 0 that follows from a width of 0 is one mistake, not two.
+    # What follows from another size (key-value heads from heads, head_dim from both) is not a second mistake.
+    if c.num_kv_heads == c.num_heads < 1:
+        problems = [p for p in problems if not p.startswith("num_kv_heads")]
     if c.head_dim < 1 and not problems:
         problems.append(
             f"head_dim {c.head_dim} (d_model {c.d_model} divided by num_heads {c.num_heads}): expected at least 1"

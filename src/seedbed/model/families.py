@@ -290,7 +290,7 @@ class _Reader:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
             return value
         self.problems.append(
-            f"{key} {value}: expected a whole number, 1 or more" if key in self.raw else f"{key} is missing"
+            f"{key} {value!r}: expected a whole number, 1 or more" if key in self.raw else f"{key} is missing"
         )
         return 1
 

@@ -110,9 +110,8 @@ def _from_hf(
 def _untie(tensors: dict[str, Tensor]) -> list[str]:
     """Drop a head that repeats the embedding; some files hold both."""
     head = tensors.pop("lm_head.weight", None)
-    if head is None or any(
-        head.equal(t) for n, t in tensors.items() if n.endswith(("wte.weight", "embed_tokens.weight"))
-    ):
+    embedding = tensors.get("transformer.wte.weight", tensors.get("model.embed_tokens.weight"))
+    if head is None or embedding is None or (head.dtype == embedding.dtype and head.equal(embedding)):
         return []
     return ["lm_head.weight differs from the embedding; set tie_word_embeddings to false in config.json"]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from seedbed.config import DataOptions
 from seedbed.data import PackedRows, PaddedRows, Source, Store, held_out, open_source, open_store
 from seedbed.data.store import digest
-from seedbed.errors import ConfigError
+from seedbed.errors import ConfigError, DataError
 from seedbed.text.tokenizer import Tokenizer, train_bpe, train_char
 from seedbed.train.job import Rows, Validation
 from seedbed.train.progress import Display
@@ -78,6 +78,11 @@ def open_texts(options: DataOptions) -> Texts:
         return open_source(spec, text_column=options.text_column, document=options.document, split=split)
 
     train = source(options.data)
+    if train.num_bytes < options.max_seq_len:
+        raise DataError(
+            f"--data {options.data}: {train.num_bytes:,} bytes of text are less than one row of --max_seq_len "
+            f"{options.max_seq_len:,} tokens; lower --max_seq_len, or give more text"
+        )
     validation = None
     if options.val_data is not None:
         validation = source(options.val_data)

@@ -250,7 +250,7 @@ NO_TORCH = """
 import sys
 from seedbed.cli.app import run
 assert run({arguments!r}) == 0
-heavy = [name for name in ("torch", "numpy", "tokenizers", "transformers") if name in sys.modules]
+heavy = [name for name in ("torch", "safetensors", "transformers") if name in sys.modules]
 assert not heavy, heavy
 """
 

@@ -140,7 +140,7 @@ def test_data_list_names_the_sources(capsys: pytest.CaptureFixture[str]) -> None
     by_name = {source["name"]: source for source in facts["sources"]}
     assert {"python-docs", "wikitext-2", "wikitext-103", "tinystories", "alpaca"} <= set(by_name)
     assert by_name["wikitext-2"]["splits"] == ["train", "validation", "test"]
-    assert all(source["description"] for source in by_name.values())
+    assert all(source["about"] and source["size"] for source in by_name.values())
     assert run(["data", "list"]) == 0
     assert "python-docs" in capsys.readouterr().out
 
