@@ -66,13 +66,16 @@ def small_text_file(make_text: MakeText) -> Path:
     return make_text(20_000)
 
 
+TINY = (
+    "--model tiny --num_layers 2 --d_model 32 --num_heads 2 --d_ff 64 --max_seq_len 32 --batch_size 4 "
+    "--vocab_size 300 --precision fp32 --device cpu --no_tensorboard"
+)
+
+
 @pytest.fixture
 def tiny_flags() -> list[str]:
     """Flags of a run whose steps take milliseconds; add --data, --output and a number of steps or epochs."""
-    return (
-        "--model tiny --num_layers 2 --d_model 32 --num_heads 2 --d_ff 64 --max_seq_len 32 --batch_size 4 "
-        "--vocab_size 300 --precision fp32 --device cpu --no_tensorboard"
-    ).split()
+    return TINY.split()
 
 
 @pytest.fixture(scope="session")
@@ -81,8 +84,6 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, small_text_file: Path) ->
     from seedbed.cli.app import run
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    shape = "--model tiny --num_layers 2 --d_model 32 --num_heads 2 --d_ff 64 --max_seq_len 32 --batch_size 4"
-    rest = "--vocab_size 300 --precision fp32 --device cpu --no_tensorboard --max_steps 6 --save_every 3 --eval_every 3"
-    code = run(["pretrain", "--data", str(small_text_file), "--output", str(folder), *f"{shape} {rest}".split()])
-    assert code == 0
+    steps = ["--max_steps", "6", "--save_every", "3", "--eval_every", "3"]
+    assert run(["pretrain", "--data", str(small_text_file), "--output", str(folder), *TINY.split(), *steps]) == 0
     return folder

@@ -66,32 +66,32 @@ def copy_model(tiny_run: Path, folder: Path) -> Path:
     ("name", "content", "words"),
     [
         ("empty.txt", b"", ("is empty",)),
-        ("blank.txt", b" \n\n \t\n", ("no text",)),
+        ("blank.txt", b" \n\n \t\n" * 100, ("no text",)),
         ("photo.txt", b"\x89PNG\r\n" + b"words \0" * 100, ("binary", "byte 12")),
         ("latin.txt", b"good line\n" * 20_000 + b"caf\xe9\n", ("not UTF-8", "0xe9", "line 20001")),
         ("utf16.txt", "words ".encode("utf-16") * 50, ("UTF-16",)),
         ("short.txt", b"One.\n\nTwo.\n", ("short.txt",)),
     ],
 )
-@pytest.mark.parametrize("tokenizer", ["bpe", "trained"])
+@pytest.mark.parametrize("trained", [False, True], ids=["trains a tokenizer", "has a tokenizer"])
 def test_text_that_cannot_be_learnt(
-    name: str, content: bytes, words: tuple[str, ...], tokenizer: str, tiny_run: Path, work: Path, pretrain: Fails
+    name: str,
+    content: bytes,
+    words: tuple[str, ...],
+    trained: bool,
+    tiny_run: Path,
+    tiny_flags: list[str],
+    work: Path,
+    fails: Fails,
 ) -> None:
     (work / name).write_bytes(content)
-    given = str(tiny_run / "tokenizer") if tokenizer == "trained" else "bpe"
-    vocab = [] if tokenizer == "bpe" else ["--tokenizer", given]
-    flags = ["--data", name, *vocab]
-    if tokenizer == "trained":
-        message = pretrain_without_vocab(pretrain, flags, work)
-    else:
-        message = pretrain(3, flags)
+    flags = [*tiny_flags, "--data", name, "--output", "run"]
+    if trained:
+        place = flags.index("--vocab_size")
+        flags[place : place + 2] = ["--tokenizer", str(tiny_run / "tokenizer")]
+    message = fails(3, ["pretrain", *flags])
     assert name in message
     assert all(word in message for word in words), message
-
-
-def pretrain_without_vocab(pretrain: Fails, flags: list[str], work: Path) -> str:
-    (work / "no_vocab.yaml").write_text("vocab_size: null\n", encoding="utf-8")
-    return pretrain(3, flags)
 
 
 def test_text_shorter_than_one_context(small_text_file: Path, work: Path, pretrain: Fails) -> None:
@@ -184,7 +184,6 @@ def test_unknown_flags_and_keys_are_listed_together(work: Path, pretrain: Fails)
         (["--device", "cuda:99"], ("--device cuda:99", "no such device")),
         (["--model", "tinny"], ("--model tinny", "tiny?")),
         (["--config", "nowhere.yaml"], ("--config nowhere.yaml",)),
-        (["--tokenizer", "./nowhere"], ("nowhere",)),
         (["--sample_prompt", "word " * 200], ("--sample_prompt", "context")),
         (["--document", "chapter"], ("--document chapter",)),
     ],
@@ -192,10 +191,15 @@ def test_unknown_flags_and_keys_are_listed_together(work: Path, pretrain: Fails)
 def test_options_that_cannot_be(
     flags: list[str], words: tuple[str, ...], small_text_file: Path, pretrain: Fails
 ) -> None:
-    if "--tokenizer" in flags:
-        flags = [*flags]
     message = pretrain(2, ["--data", str(small_text_file), *flags])
     assert all(word in message for word in words), message
+
+
+def test_a_tokenizer_that_is_not_there(small_text_file: Path, tiny_flags: list[str], fails: Fails) -> None:
+    place = tiny_flags.index("--vocab_size")
+    tiny_flags[place : place + 2] = ["--tokenizer", "./nowhere"]
+    words = ["pretrain", "--data", str(small_text_file), "--output", "run", *tiny_flags]
+    assert "tokenizer ./nowhere does not exist" in fails(2, words)
 
 
 def test_cuda_where_there_is_none(
@@ -257,7 +261,7 @@ def test_a_run_folder_in_use(small_text_file: Path, work: Path, pretrain: Fails)
         other.close()
 
 
-def test_an_unfinished_run_in_use(small_text_file: Path, tiny_run: Path, work: Path, fails: Fails) -> None:
+def test_an_unfinished_run_in_use(tiny_run: Path, work: Path, fails: Fails) -> None:
     shutil.copytree(tiny_run, work / "run")
     summary = json.loads((work / "run" / "metrics.json").read_text(encoding="utf-8"))
     (work / "run" / "metrics.json").write_text(json.dumps({**summary, "status": "interrupted"}), encoding="utf-8")

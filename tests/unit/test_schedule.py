@@ -80,7 +80,7 @@ class NoisyClock:
 
 def run_until_the_hours_are_gone(s: Schedule, clock: NoisyClock) -> list[tuple[float, float]]:
     watch = Stopwatch(0.0, HOURS, clock)
-    curve = []
+    curve: list[tuple[float, float]] = []
     while watch.seconds_left > 0:
         step = len(curve) + 1
         curve.append((watch.share_used, s.at(step, watch.share_used)))

@@ -159,7 +159,8 @@ def permutation(seed: int, epoch: int, stream: int, length: int) -> Ints:
     Sorts raw Philox numbers (Salmon et al., 2011), whose values are fixed by their definition; NumPy's own
     `permutation` may change from one version to the next, and then no old run could be resumed exactly.
     """
-    numbers = np.random.Philox(key=[seed % 2**64, epoch * 2 + stream]).random_raw(length)
+    key = np.array([seed % 2**64, epoch * 2 + stream], dtype=np.uint64)
+    numbers = np.random.Philox(key=key).random_raw(length)
     return np.argsort(numbers, kind="stable")
 
 

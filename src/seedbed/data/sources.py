@@ -128,7 +128,8 @@ def _find_files(spec: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        suffixes = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
+        # A .json beside a text is more often a description of it than rows of text.
+        suffixes = [suffix for suffix in (*TEXT_SUFFIXES, *TABLE_SUFFIXES) if suffix != ".json"]
         inside = sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix())
         paths = [file for file in inside if file.is_file() and file.suffix.lower() in suffixes]
         paths = [file for file in paths if not any(p.startswith(".") for p in file.relative_to(path).parts)]

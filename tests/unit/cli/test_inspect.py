@@ -190,9 +190,7 @@ def test_verify(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     (copy / "model.safetensors").write_bytes(b"short")
     facts = run_json(["verify", str(copy)], capsys, code=4)
     assert facts["intact"] is False
-    assert facts["problems"] == [
-        f"model.safetensors: 5 bytes instead of {(best / 'model.safetensors').stat().st_size}"
-    ]
+    assert facts["problems"] == [f"model.safetensors: 5 bytes instead of {(best / 'model.safetensors').stat().st_size}"]
     assert run(["verify", str(copy)]) == 4
     assert "model.safetensors: 5 bytes" in capsys.readouterr().err
 

@@ -216,7 +216,7 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
 
 
 def test_no_such_file_or_preset_lists_the_presets() -> None:
-    with pytest.raises(ConfigError, match="no such file, and no preset of that name.*gpt2-medium"):
+    with pytest.raises(ConfigError, match=r"no such file, and no preset of that name.*gpt2-medium"):
         read_config_file("nowhere.yaml")
 
 

@@ -31,7 +31,9 @@ def all_rows(rows: PackedRows | PaddedRows, epoch: int) -> list[Row]:
     return [rows.row(epoch, index) for index in range(len(rows))]
 
 
-def slow_packed(store: Store, documents: list[int], length: int) -> list[tuple[list[int], ...]]:
+def slow_packed(
+    store: Store, documents: list[int], length: int
+) -> list[tuple[list[int], list[int], list[int], list[int]]]:
     """The rows by the definition, token by token: inputs, labels, positions and segments."""
     stream = [(store.eos_id, document) for document in documents[:1]]
     for document, after in zip(documents, [*documents[1:], -1], strict=True):

@@ -46,7 +46,7 @@ def test_newlines_and_characters_on_the_border_of_a_chunk(tmp_path: Path) -> Non
 
 
 def test_a_folder_has_its_text_files_in_order(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.md", "a.rst", "code.py", ".hidden/x.txt", "image.png"):
+    for name in ("b.txt", "a/z.md", "a.rst", "code.py", ".hidden/x.txt", "image.png", "about.json"):
         write(tmp_path / name, f"text of {name}\n")
     write(tmp_path / "rows.jsonl", '{"text": "a row"}\n')
     assert texts(tmp_path) == ["text of a.rst", "text of a/z.md", "text of b.txt", "a row"]
