@@ -1,0 +1,130 @@
+"""The run folder: what training writes and everything after it reads. Needs no torch.
+
+config.yaml     every option with its source        events.jsonl   skipped steps, resumes, ...
+metrics.jsonl   one record a step or validation     samples.jsonl  what the model wrote
+metrics.json    the summary                         checkpoints/   best, final, step-N, ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from seedbed.errors import RunInUseError, StorageError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no advisory locks of this kind
+    fcntl = None  # type: ignore[assignment]
+
+FINISHED = ("done", "early_stopped")
+
+
+class RunFolder:
+    """One run's folder, open for writing by this process alone.
+
+    Raises:
+        RunInUseError: another process writes to it.
+        StorageError: it cannot be made or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("a")
+        except OSError as error:
+            raise StorageError(
+                f"{path}: the run folder cannot be made ({error.strerror}); choose another --output"
+            ) from None
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self._lock.close()
+                raise RunInUseError(
+                    f"{path}: another process is training in this run folder; wait for it, or choose another --output"
+                ) from None
+        self._streams: dict[str, TextIO] = {}
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+        self._lock.close()
+
+    def discard_if_empty(self) -> None:
+        """Remove the folder again when no run was begun in it."""
+        if not (self.path / "config.yaml").exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add one line to `metrics.jsonl`, `samples.jsonl` or `events.jsonl`."""
+        if name not in self._streams:
+            self._streams[name] = (self.path / name).open("a", encoding="utf-8")
+        stream = self._streams[name]
+        stream.write(json.dumps(record, allow_nan=False) + "\n")
+        stream.flush()
+
+    def event(self, kind: str, step: int, **details: Any) -> None:
+        self.append("events.jsonl", {"event": kind, "step": step, **details})
+
+    def positions(self) -> dict[str, int]:
+        """Length in bytes of the records so far, safely on disk: what a checkpoint remembers."""
+        lengths = {}
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if name in self._streams:
+                os.fsync(self._streams[name].fileno())
+            path = self.path / name
+            lengths[name] = path.stat().st_size if path.exists() else 0
+        return lengths
+
+    def truncate(self, positions: Mapping[str, int]) -> None:
+        """Forget records written after a checkpoint was made; they will be written again."""
+        for name, length in positions.items():
+            if stream := self._streams.pop(name, None):
+                stream.close()
+            path = self.path / name
+            if path.exists() and path.stat().st_size > length:
+                os.truncate(path, length)
+
+    def write_config(self, text: str) -> None:
+        write_atomically(self.path / "config.yaml", text)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        write_atomically(self.path / "metrics.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's text so that a reader sees the old or the new, never half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The summary of the run at `path`, empty when it has none."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        summary = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+        if isinstance(summary, dict):
+            return summary
+    return {}
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a `.jsonl` file; a half-written last line is passed over."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)
