@@ -164,8 +164,8 @@ def require_match(model: Decoder, tokenizer: Tokenizer, name: str) -> None:
     """Raise ConfigError when `tokenizer` has tokens that the model has no embedding for."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
-            f"--tokenizer with {tokenizer.vocab_size} tokens does not match {name}, whose model knows "
-            f"{model.config.vocab_size}; use the tokenizer the model was trained with"
+            f"{name}: the tokenizer has {tokenizer.vocab_size} tokens and the model knows {model.config.vocab_size}, "
+            "so they do not match; use the tokenizer that the model was trained with"
         )
 
 
@@ -256,7 +256,12 @@ def _commit(temporary: Path, folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     _fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 

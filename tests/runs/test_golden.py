@@ -1,6 +1,6 @@
 """Loss curves kept from earlier: a refactor reproduces them, a change of the numbers renews them in its own commit.
 
-    SEEDBED_RENEW_GOLDEN=1 pytest tests/runs/test_golden.py    writes the curves anew
+SEEDBED_RENEW_GOLDEN=1 pytest tests/runs/test_golden.py    writes the curves anew
 """
 
 from __future__ import annotations

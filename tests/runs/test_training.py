@@ -47,7 +47,9 @@ def test_batch_times_accumulation_is_one_update(run_it: RunIt, tmp_path: Path, p
         runs[batch] = weights(tmp_path / f"{batch}")
     for batch in (4, 2, 1):
         for name, expected in runs[8].items():
-            torch.testing.assert_close(runs[batch][name], expected, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                runs[batch][name], expected, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_update_is_torchs_adamw_on_the_mean_loss(small_text_file: Path, tmp_path: Path) -> None:
@@ -99,9 +101,19 @@ def test_the_run_folder(run_it: RunIt, tmp_path: Path) -> None:
     summary = json.loads((run / "metrics.json").read_text())
     assert summary == outcome.summary
     assert summary["status"] == "done"
-    expected = """status best_step best_val_loss best_val_ppl bits_per_byte parameters trainable_parameters tokens steps
-        hours peak_memory_mb tokens_per_second device seed parent judge notes""".split()
-    assert set(expected) <= set(summary)
+    named = {
+        "status",
+        "best_step",
+        "best_val_loss",
+        "best_val_ppl",
+        "bits_per_byte",
+        "steps",
+        "tokens",
+        "hours",
+        "seed",
+    }
+    named |= {"parameters", "trainable_parameters", "peak_memory_mb", "tokens_per_second", "device", "parent", "judge"}
+    assert named | {"notes"} <= set(summary)
     assert summary["best_val_ppl"] == pytest.approx(math.exp(summary["best_val_loss"]))
     records = list(read_records(run / "metrics.jsonl"))
     steps = [record["step"] for record in records if "train_loss" in record]
@@ -175,9 +187,7 @@ def test_cosine_time_reaches_the_floor_when_the_hours_run_out(run_it: RunIt, tmp
     assert rates[-1] < 0.1 * peak
 
 
-def test_bad_numbers_never_reach_the_weights(
-    run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_numbers_never_reach_the_weights(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = loop.batch_nats
 
     def poisoned(job: Job, batch: Any) -> torch.Tensor:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
-from seedbed.cli.options import Verb, layers, refuse_unknown, sections
-from seedbed.config import DataOptions, Layer, resolve
+from seedbed.cli.options import Verb, layers, read_section, refuse_unknown, sections
+from seedbed.config import DataOptions, TextOptions, resolve
 from seedbed.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -25,39 +25,35 @@ def tokenizer() -> None:
 
 
 @tokenizer.command(
-    "train",
-    cls=Verb,
-    epilog="Example: seedbed tokenizer train --data book.txt --vocab_size 2000 --output tok",
+    "train", cls=Verb, epilog="Example: seedbed tokenizer train --data book.txt --vocab_size 2000 --output tok"
 )
 @click.option(
-    "--type",
-    "kind",
-    default="bpe",
-    metavar="bpe|char",
-    help="Byte-level BPE, or one token a character. [bpe]",
+    "--type", "kind", default="bpe", metavar="bpe|char", help="Byte-level BPE, or one token a character. [bpe]"
 )
+@click.option("--vocab_size", type=click.IntRange(min=1), help="Size; by default it grows with the text, up to 8000.")
 @click.option("--output", required=True, metavar="FOLDER", help="Where to save it.")
 @json_option
-@sections(DataOptions)
+@sections(TextOptions)
 @click.pass_context
-def train_tokenizer(ctx: click.Context, /, kind: str, output: str, as_json: bool, **_flags: Any) -> None:
+def train_tokenizer(
+    ctx: click.Context, /, kind: str, vocab_size: int | None, output: str, as_json: bool, **_flags: Any
+) -> None:
     """Train a tokenizer on the training documents; those that --val_split holds out are never looked at."""
+    refuse_unknown(ctx)
+    options = read_section(ctx, TextOptions)
     if kind not in ("bpe", "char"):
         raise ConfigError(f"--type {kind}: expected bpe or char")
-    values = layers(ctx, DataOptions.model_fields)[-1].values
-    options = resolve("scratch", [Layer("the command line", {**values, "tokenizer": kind})]).data
-    if kind == "char" and options.vocab_size:
-        raise ConfigError(
-            "--vocab_size has no meaning with --type char: it has as many tokens as the text has characters"
-        )
+    if kind == "char" and vocab_size:
+        raise ConfigError("--vocab_size has no meaning with --type char: there is a token for each character")
     if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
         raise ConfigError(f"--output {output} is there already and not an empty folder; choose another")
     from seedbed.text.tokenizer import bytes_per_token
-    from seedbed.train.corpus import make_tokenizer, open_texts
+    from seedbed.train.corpus import open_texts
+    from seedbed.train.corpus import train_tokenizer as train
     from seedbed.train.progress import Display
 
     texts = open_texts(options)
-    trained = make_tokenizer(options, texts, Display(make_console(as_json), log_every=1))
+    trained = train(kind, vocab_size, texts, Display(make_console(as_json), log_every=1))
     trained.save(Path(output))
     has_held_out = texts.validation is not None or texts.val_split > 0
     held_out = bytes_per_token(trained, texts.held_out_documents()) if has_held_out else None
@@ -142,14 +138,14 @@ def show_data(ctx: click.Context, /, num: int, as_json: bool, **_flags: Any) -> 
     What is predicted is shown plain, what is only context or padding dimmed, and a bar marks where a document
     begins: nothing to its right sees anything to its left.
     """
-    values = layers(ctx, DataOptions.model_fields)[-1]
-    options = resolve("scratch", [values]).data
-    from seedbed.train.corpus import make_tokenizer, open_texts, tokenize
+    options = resolve("scratch", layers(ctx, DataOptions.model_fields)).data
+    from seedbed.train.corpus import make_tokenizer, open_texts, require_a_row, tokenize
     from seedbed.train.progress import Display
 
     console = make_console(as_json)
     display = Display(console, log_every=1)
     texts = open_texts(options)
+    require_a_row(texts, options.max_seq_len)
     loaded = make_tokenizer(options, texts, display)
     corpus = tokenize(texts, loaded, options, seed=0, display=display)
     rows = [corpus.rows.row(0, index) for index in range(min(num, len(corpus.rows)))]

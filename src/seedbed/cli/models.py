@@ -10,7 +10,7 @@ from rich.console import Console
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
 from seedbed.cli.options import Verb, read_section, refuse_unknown, sections
-from seedbed.config import SamplingOptions, resolve
+from seedbed.config import SamplingOptions, TextOptions, read_config_file
 from seedbed.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -142,10 +142,12 @@ def held_out_documents(model: str) -> Iterator[str]:
     run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
     if run is None:
         raise ConfigError(f"--data is missing, and --model {model} is not part of a run with held-out documents")
-    from seedbed.config import read_config_file
-
-    config = resolve("scratch", [read_config_file(str(run / "config.yaml"))])
-    texts = open_texts(config.data)
+    saved = read_config_file(str(run / "config.yaml")).values
+    options = TextOptions(**{name: saved[name] for name in TextOptions.model_fields})
+    try:
+        texts = open_texts(options)
+    except DataError as error:
+        raise DataError(f"{error} (so {run}/config.yaml names it; give --data)") from None
     if texts.validation is None and not texts.val_split:
         raise ConfigError(f"--data is missing, and the run {run} held no documents out")
     return texts.held_out_documents()

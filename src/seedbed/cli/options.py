@@ -90,7 +90,7 @@ def unknown_flags(ctx: click.Context) -> list[str]:
     Raises:
         ConfigError: words that belong to no flag.
     """
-    unknown = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in ctx.args if word.startswith("--")]
+    unknown = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in ctx.args if word.startswith("-")]
     if ctx.args and not unknown:
         raise ConfigError(f"unexpected argument {ctx.args[0]!r}; values follow a flag, such as --data {ctx.args[0]}")
     return unknown

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+
 import click
 
 from seedbed.cli.app import cli
 from seedbed.cli.options import SectionOption
 from seedbed.config import REGIMES, SECTIONS, preset_names, read_preset
 
-
 INTRO = """# Every option
 
-Made from the code by `make docs`. Flags take underscores or hyphens (`--max_steps`, `--max-steps`). `--config FILE.yaml`
-gives values under the same names; a flag wins over the file, the file over the preset that `--model` names, the preset
-over the regime, the regime over the defaults here. The `config.yaml` of a run says for each value where it came from.
+Made from the code by `make docs`. Flags take underscores or hyphens (`--max_steps`, `--max-steps`).
+`--config FILE.yaml` gives values under the same names; a flag wins over the file, the file over the preset that
+`--model` names, the preset over the regime, the regime over the defaults here. The `config.yaml` of a run says for
+each value where it came from.
 """
 
 
@@ -29,12 +31,12 @@ def reference() -> str:
         parts.append(f"`{regime}`: " + ", ".join(f"`{name}` {value}" for name, value in values.items()) + "\n")
     parts.append("## Presets\n\n| preset | values |\n|---|---|")
     for name in preset_names():
-        values = ", ".join(f"`{key}` {value}" for key, value in read_preset(name).items())
-        parts.append(f"| `{name}` | {values} |")
+        preset = ", ".join(f"`{key}` {value}" for key, value in read_preset(name).items())
+        parts.append(f"| `{name}` | {preset} |")
     parts.append("\n## The other verbs\n")
     for name, command in _verbs(cli):
         own = [o for o in command.params if isinstance(o, click.Option) and o.name not in options]
-        parts.append(f"### `seedbed {name}`\n\n{command.help}\n")
+        parts.append(f"### `seedbed {name}`\n\n{inspect.cleandoc(command.help or '')}\n")
         if name not in ("pretrain", "demo", "plan pretrain") and own:
             parts.append(_table(own))
     return "\n".join(parts)
@@ -52,7 +54,8 @@ def _table(options: list[SectionOption] | list[click.Option]) -> str:
     rows = ["| option | value | meaning |", "|---|---|---|"]
     for option in options:
         names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
-        value = "" if option.is_flag else (option.metavar or str(option.type.name).upper()).replace("|", " \\| ")
+        kind = option.metavar or str(option.type.name).upper().removesuffix(" RANGE")
+        value = "" if option.is_flag else kind.replace("|", " \\| ")
         rows.append(f"| {names} | {value} | {(option.help or '').replace('|', chr(92) + '|')} |")
     return "\n".join(rows) + "\n"
 

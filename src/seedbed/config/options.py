@@ -21,7 +21,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
-class DataOptions(Section):
+class TextOptions(Section):
     """Data"""
 
     data: str | None = Field(
@@ -33,6 +33,11 @@ class DataOptions(Section):
     document: Literal["auto", "file", "blank_line", "article", "line"] = Field(
         "auto", description="What separates documents in plain text."
     )
+
+
+class DataOptions(TextOptions):
+    """Data"""
+
     tokenizer: str = Field(
         "bpe", description="A tokenizer folder or hub id; or bpe / char: train one on the training text."
     )
@@ -50,7 +55,9 @@ class ModelOptions(Section):
     """Model"""
 
     model: str = Field(
-        "small", description="tiny, small, medium, distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a config.json."
+        "small",
+        description="A preset (tiny, small, medium, distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl) "
+        "or a folder with a config.json.",
     )
     arch: Arch | None = Field(None, description="Family of the decoder.")
     d_model: Positive | None = Field(None, description="Width of the residual stream.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from seedbed.config.options import (
 from seedbed.errors import ConfigError, did_you_mean
 
 FLAGS = "the command line"
+NOT_CHOSEN = ("default", "preset", "regime")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Layer:
 
     source: str
     values: Mapping[str, Any]
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Where values that were not chosen in this place came from, as a run's `config.yaml` remembers."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Config:
 
     def is_given(self, name: str) -> bool:
         """Whether the user chose this value, by a flag or in a file."""
-        return not self.sources[name].startswith(("default", "preset", "regime"))
+        return not self.sources[name].startswith(NOT_CHOSEN)
 
     def adopt(self, values: Mapping[str, Any], sources: Mapping[str, str]) -> Config:
         """A copy with `values` and where they once came from, such as those a run was begun with."""
@@ -83,7 +86,7 @@ def resolve(regime: str, layers: Sequence[Layer]) -> Config:
         known = {name: value for name, value in layer.values.items() if name in option_names()}
         _let_one_warmup_win(known, values, layer.source, sources, problems)
         values.update(known)
-        sources.update(dict.fromkeys(known, layer.source))
+        sources.update({name: layer.origins.get(name, layer.source) for name in known})
     config = _build(values, sources, problems)
     if contradictions := [*problems, *_contradictions(config)]:
         raise ConfigError(contradictions)
@@ -108,8 +111,9 @@ def read_config_file(name: str) -> Layer:
         raise ConfigError(f"--config {name}: not readable as YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"--config {name}: expected lines such as `learning_rate: 0.0003`.")
-    values.pop("sources", None)
-    return Layer(name, {key.replace("-", "_"): value for key, value in values.items()})
+    sources = values.pop("sources", {})
+    origins = {key: place for key, place in sources.items() if place.startswith(NOT_CHOSEN)}
+    return Layer(name, {key.replace("-", "_"): value for key, value in values.items()}, origins)
 
 
 def preset_names() -> list[str]:
@@ -150,7 +154,7 @@ def _with_preset(layers: Sequence[Layer], problems: list[str]) -> list[Layer]:
         place = where("model", name, named[-1].source)
         problems.append(
             f"{place}: no preset of that name and no folder with a config.json"
-            f"{did_you_mean(name, preset_names())} Presets: {', '.join(preset_names())}."
+            f"{did_you_mean(name, preset_names())}; presets: {', '.join(preset_names())}"
         )
     return list(layers)
 
@@ -173,20 +177,25 @@ def _build(values: Mapping[str, Any], sources: Mapping[str, str], problems: Sequ
     sections: list[Any] = []
     for section in SECTIONS:
         own = {name: values[name] for name in section.model_fields if name in values}
+        confused = [name for name, value in own.items() if isinstance(value, bool) and _is_number(section, name)]
+        for name in confused:
+            place = where(name, own[name], sources.get(name, "default"))
+            found.append(f"{place}: expected a number, not yes or no")
         try:
             sections.append(section.model_validate(own))
         except ValidationError as error:
-            found += [_explain(detail, values, sources) for detail in error.errors()]
-        found += [
-            f"{where(name, value, sources.get(name, 'default'))}: expected a number, not yes or no"
-            for name, value in own.items()
-            if isinstance(value, bool) and "bool" not in str(section.model_fields[name].annotation)
-        ]
+            details = [detail for detail in error.errors() if detail["loc"][0] not in confused]
+            found += [_explain(detail, values, sources) for detail in details]
     if len(sections) < len(SECTIONS) or len(found) > len(problems):
         raise ConfigError(found)
     data, model, training, watching = sections
     all_sources = {name: sources.get(name, "default") for name in option_names()}
     return Config(data, model, training, watching, all_sources)
+
+
+def _is_number(section: type[Section], name: str) -> bool:
+    annotation = str(section.model_fields[name].annotation)
+    return "int" in annotation or "float" in annotation
 
 
 def _explain(detail: Any, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:

@@ -63,7 +63,7 @@ def refuse_if_not_text(path: Path) -> None:
     """Look at a file's beginning. Raises DataError if it is empty, cannot be opened, or is binary."""
     try:
         if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty; give --data a file with text in it")
+            raise DataError(f"{path} is empty; give a file with text in it")
         with path.open("rb") as file:
             head = file.read(2**16)
     except OSError as error:
@@ -81,7 +81,7 @@ def _refuse_binary(path: Path, chunk: bytes, offset: int) -> None:
     if place >= 0:
         raise DataError(
             f"{path} is a binary file, not text: it has a NUL byte at byte {offset + place}. "
-            "Give --data a text file in UTF-8, .jsonl or .parquet"
+            "Give a text file in UTF-8, .jsonl or .parquet"
         )
 
 

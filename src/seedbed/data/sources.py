@@ -58,12 +58,15 @@ class Source:
         return name in self.splits
 
 
-def open_source(spec: str, *, text_column: str = "text", document: str = "auto", split: str = "train") -> Source:
+def open_source(
+    spec: str, *, text_column: str = "text", document: str = "auto", split: str = "train", flag: str = "--data"
+) -> Source:
     """Open a file, a folder (all its text files), a glob or a named source.
 
     text_column: which column of .jsonl and .parquet files holds the text; a row is a document.
     document: where text files are cut, one of `documents.RULES`.
     split: for named sources that have official ones.
+    flag: which option `spec` was given with, for messages.
 
     Raises DataError when there is nothing to read or it is not text (the text itself is checked as it is
     read), ConfigError for an impossible option, MissingExtra when a library is needed.
@@ -76,7 +79,7 @@ def open_source(spec: str, *, text_column: str = "text", document: str = "auto",
         return _open_named(spec, document, split)
     if split != "train":
         raise ConfigError(f"{spec} has no split {split!r}: only named sources have official splits. Use --val_data")
-    paths = _find_files(spec)
+    paths = _find_files(spec, flag)
     for path in paths:
         refuse_if_not_text(path)
     if document != "auto" and all(path.suffix.lower() in TABLE_SUFFIXES for path in paths):
@@ -122,7 +125,7 @@ def _open_named(name: str, document: str, split: str) -> Source:
     )
 
 
-def _find_files(spec: str) -> list[Path]:
+def _find_files(spec: str, flag: str) -> list[Path]:
     """The files a spec means, in an order that is the same on every machine."""
     path = Path(spec).expanduser()
     if path.is_file():
@@ -142,17 +145,17 @@ def _find_files(spec: str) -> list[Path]:
         if not paths:
             raise DataError(f"no file matches {spec} (from {Path.cwd()}); check the pattern, and quote it in a shell")
         return paths
-    raise DataError(_missing(spec, path))
+    raise DataError(_missing(spec, path, flag))
 
 
-def _missing(spec: str, path: Path) -> str:
+def _missing(spec: str, path: Path, flag: str) -> str:
     near = did_you_mean(spec, list(NAMED))
     if not near and path.parent.is_dir():
         beside = {other.name: str(path.parent / other.name) for other in path.parent.iterdir()}
         guess = did_you_mean(path.name, list(beside)).removeprefix("; did you mean ").removesuffix("?")
         near = f"; did you mean {beside[guess]}?" if guess else ""
     hint = near or f"; expected a file, a folder, a glob, or one of {', '.join(NAMED)}"
-    return f"--data {spec}: there is no such file or named source{hint}"
+    return f"{flag} {spec}: there is no such file or named source{hint}"
 
 
 def _hash_files(paths: Sequence[Path], text_column: str, document: str) -> str:

@@ -35,6 +35,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._was_there = path.exists()
         self.checkpoints = path / "checkpoints"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -60,13 +61,20 @@ class RunFolder:
         self._lock.close()
 
     def discard_if_empty(self) -> None:
-        """Remove the folder again when no run was begun in it."""
-        if not (self.path / "config.yaml").exists():
+        """Undo the making of the folder when no run was begun in it; what was there before stays."""
+        if (self.path / "config.yaml").exists():
+            return
+        if not self._was_there:
             shutil.rmtree(self.path, ignore_errors=True)
+            return
+        (self.path / ".lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: it is the user's
+            self.checkpoints.rmdir()
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add one line to `metrics.jsonl`, `samples.jsonl` or `events.jsonl`."""
         if name not in self._streams:
+            _cut_half_line(self.path / name)
             self._streams[name] = (self.path / name).open("a", encoding="utf-8")
         stream = self._streams[name]
         stream.write(json.dumps(record, allow_nan=False) + "\n")
@@ -111,9 +119,23 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def _cut_half_line(path: Path) -> None:
+    """Drop what a killed process wrote after the last whole line."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb+") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 4096)
+            stream.seek(start)
+            if (newline := stream.read(end - start).rfind(b"\n")) >= 0:
+                stream.truncate(start + newline + 1)
+                return
+            end = start
+        stream.truncate(0)
+
+
 def read_summary(path: Path) -> dict[str, Any]:
     """The summary of the run at `path`, empty when it has none."""
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+    with contextlib.suppress(OSError, ValueError):
         summary = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
         if isinstance(summary, dict):
             return summary

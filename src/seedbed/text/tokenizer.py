@@ -185,8 +185,9 @@ class Tokenizer:
         """Write tokenizer.json and its settings into `folder`, as AutoTokenizer reads them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(folder / "tokenizer.json"))
-        for name, content in ({"tokenizer_config.json": self._settings()} | self._files).items():
+        # Written by Python: the library's own save raises a bare Exception when the disk is full.
+        backend = {"tokenizer.json": self._backend.to_str(pretty=True)}
+        for name, content in (backend | {"tokenizer_config.json": self._settings()} | self._files).items():
             (folder / name).write_text(content, encoding="utf-8")
 
     def _settings(self) -> str:

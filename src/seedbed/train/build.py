@@ -23,7 +23,7 @@ from seedbed.optim import build_optimizer, load_optimizer_tensors
 from seedbed.schedule import Schedule
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.board import Board
-from seedbed.train.corpus import Corpus, Texts, keep_tokenizer, make_tokenizer, open_texts, tokenize
+from seedbed.train.corpus import Corpus, Texts, keep_tokenizer, make_tokenizer, open_texts, require_a_row, tokenize
 from seedbed.train.job import Job
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
@@ -46,6 +46,7 @@ def build_pretraining(start: Start, display: Display) -> Job:
     training, watching = config.training, config.watching
     decoder_config(config.model, config.data, config.data.vocab_size or ASSUMED_VOCAB)  # contradictions first
     texts = open_texts(config.data)
+    require_a_row(texts, config.data.max_seq_len)
     display.banner("Pre-training a language model", banner_facts(config, texts, device, run.path))
 
     tokenizer = saved_tokenizer(start) or make_tokenizer(config.data, texts, display)
@@ -121,7 +122,9 @@ def _from_folder(model: ModelOptions, data: DataOptions, vocab_size: int) -> Dec
             f"--max_seq_len {data.max_seq_len} is above the {shape.max_seq_len} positions of {model.model}; lower it"
         )
     given = model.model_dump(exclude={"model", "arch"}, exclude_none=True)
-    return replace(shape, vocab_size=vocab_size, dropout=given.pop("dropout", 0.0), **given)
+    if "d_model" in given or "num_heads" in given:
+        given["head_dim"] = given.get("d_model", shape.d_model) // given.get("num_heads", shape.num_heads)
+    return replace(shape, vocab_size=vocab_size, **{"dropout": 0.0, **given})
 
 
 def with_shape(config: Config, shape: DecoderConfig) -> Config:

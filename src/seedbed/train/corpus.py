@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from seedbed.config import DataOptions
+from seedbed.config import DataOptions, TextOptions
 from seedbed.data import PackedRows, PaddedRows, Source, Store, held_out, open_source, open_store
 from seedbed.data.store import digest
 from seedbed.errors import ConfigError, DataError
@@ -62,7 +62,7 @@ class Corpus:
     num_bytes: int
 
 
-def open_texts(options: DataOptions) -> Texts:
+def open_texts(options: TextOptions) -> Texts:
     """Find the sources, preferring the official validation split of a named one.
 
     Raises:
@@ -74,32 +74,40 @@ def open_texts(options: DataOptions) -> Texts:
             "--data is missing: name a text file, a folder, or a source such as python-docs (`seedbed data list`)"
         )
 
-    def source(spec: str, split: str = "train") -> Source:
-        return open_source(spec, text_column=options.text_column, document=options.document, split=split)
+    def source(spec: str, split: str = "train", flag: str = "--data") -> Source:
+        return open_source(spec, text_column=options.text_column, document=options.document, split=split, flag=flag)
 
     train = source(options.data)
-    if train.num_bytes < options.max_seq_len:
-        raise DataError(
-            f"--data {options.data}: {train.num_bytes:,} bytes of text are less than one row of --max_seq_len "
-            f"{options.max_seq_len:,} tokens; lower --max_seq_len, or give more text"
-        )
     validation = None
     if options.val_data is not None:
-        validation = source(options.val_data)
+        validation = source(options.val_data, flag="--val_data")
     elif options.val_split > 0 and train.has_split("validation"):
         validation = source(options.data, "validation")
     return Texts(train, validation, options.val_split)
 
 
+def require_a_row(texts: Texts, max_seq_len: int) -> None:
+    """Raise DataError when the text cannot fill one row, whatever the tokenizer."""
+    if texts.train.num_bytes < max_seq_len:
+        raise DataError(
+            f"--data {texts.train.name}: {texts.train.num_bytes:,} bytes of text are less than one row of "
+            f"--max_seq_len {max_seq_len:,} tokens; lower --max_seq_len, or give more text"
+        )
+
+
 def make_tokenizer(options: DataOptions, texts: Texts, display: Display) -> Tokenizer:
-    """Load the tokenizer that was named, or train one on the training documents alone."""
-    if options.tokenizer not in TRAINED_HERE:
-        return Tokenizer.load(options.tokenizer)
-    with display.working(f"Training a {options.tokenizer} tokenizer"):
-        if options.tokenizer == "char":
+    """Load the tokenizer that was named, or train one on the training documents."""
+    if options.tokenizer in TRAINED_HERE:
+        return train_tokenizer(options.tokenizer, options.vocab_size, texts, display)
+    return Tokenizer.load(options.tokenizer)
+
+
+def train_tokenizer(kind: str, vocab_size: int | None, texts: Texts, display: Display) -> Tokenizer:
+    """A `bpe` or `char` tokenizer of the training documents alone."""
+    with display.working(f"Training a {kind} tokenizer"):
+        if kind == "char":
             return train_char(texts.training_documents())
-        size = options.vocab_size or default_vocab_size(texts.train.num_bytes)
-        return train_bpe(texts.training_documents(), size)
+        return train_bpe(texts.training_documents(), vocab_size or default_vocab_size(texts.train.num_bytes))
 
 
 def default_vocab_size(num_bytes: int) -> int:

@@ -146,7 +146,7 @@ class Loop:
                 return self.stop_early()
             if request.signal is not None:
                 return self.stop_with("interrupted", f"step-{state.step}")
-            if self.watch.seconds_left < self.step_seconds + self.save_seconds:
+            if self.watch.seconds_left < self.step_seconds + 2 * self.save_seconds:
                 return self.stop_with("time_limit", "time-limit")
 
             began = self.watch.seconds
@@ -285,7 +285,7 @@ class Loop:
             return folder
         tensors = optimizer_tensors(job.model, job.optimizer)
         save_checkpoint(folder, job.model, job.tokenizer, tensors, state.to_json())
-        self.save_seconds = max(self.watch.seconds - began, 0.5 * self.save_seconds)
+        self.save_seconds = max(self.watch.seconds - began, 0.9 * self.save_seconds)
         self.saved = (state.step, folder)
         return folder
 

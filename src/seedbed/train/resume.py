@@ -60,19 +60,13 @@ def open_run(config: Config) -> Start | AlreadyFinished:
     """
     if config.watching.resume_from:
         return _branch(config, Path(config.watching.resume_from))
-    path, given = _destination(config), config.watching.output is not None
-    status = read_summary(path).get("status")
-    begun = (path / "config.yaml").exists()
-    if not begun:
+    path = _destination(config)
+    if not _begun(path):
         return Start(config, RunFolder(path), None, None)
-    if not given and (status in FINISHED or not config.watching.resume):
-        return Start(config, RunFolder(_next_free(path)), None, None)
     if not config.watching.resume:
-        raise ConfigError(
-            f"--output {path} holds a run and --no_resume forbids going on with it; choose another --output"
-        )
-    config = _adopt(config, path, FREE_TO_CHANGE, "unfinished" if status not in FINISHED else "finished")
-    if status in FINISHED:
+        raise ConfigError(f"--output {path} holds a run and --no_resume forbids to go on; choose another --output")
+    config = _adopt(config, path, FREE_TO_CHANGE)
+    if _finished(path):
         return AlreadyFinished(path, read_summary(path))
     run = RunFolder(path)
     remove_leftovers(run.checkpoints)
@@ -80,44 +74,35 @@ def open_run(config: Config) -> Start | AlreadyFinished:
     if checkpoint is None and remarks:
         run.close()
         raise CheckpointError(f"{path}: no intact checkpoint to go on from: {'; '.join(remarks)}")
-    parent = read_summary(path).get("parent")
-    return Start(config, run, checkpoint, parent, tuple(remarks))
+    return Start(config, run, checkpoint, read_summary(path).get("parent"), tuple(remarks))
 
 
 def _branch(config: Config, checkpoint: Path) -> Start:
-    """Go on from a named checkpoint: in its own run when that is unfinished and has nothing newer, else in a new one."""
+    """Go on from a named checkpoint: in its own run if nothing there is newer, else in a run of its own."""
     if not (checkpoint / "config.json").is_file():
         raise ConfigError(
-            f"--resume_from {checkpoint}: no checkpoint there; expected a folder such as runs/NAME/checkpoints/step-1000"
+            f"--resume_from {checkpoint}: no checkpoint there; expected one such as runs/NAME/checkpoints/step-1000"
         )
     if problems := damage(checkpoint):
         raise CheckpointError(f"--resume_from {checkpoint}: damaged: {'; '.join(problems)}")
-    old_run = checkpoint.resolve().parent.parent
-    config = _adopt(config, old_run, frozenset(config.values()) - SHAPE, "checkpoint's")
-    unfinished = read_summary(old_run).get("status") not in FINISHED
-    newest = newest_intact(old_run / "checkpoints")[0]
+    old = checkpoint.resolve().parent.parent
+    config = _adopt(config, old, frozenset(config.values()) - SHAPE)
+    newest, _ = newest_intact(old / "checkpoints")
     is_newest = newest is not None and read_state(newest)["step"] == read_state(checkpoint)["step"]
-    if config.watching.output is not None:
-        path = Path(config.watching.output)
-        if (path / "config.yaml").exists() and path.resolve() != old_run:
-            raise ConfigError(f"--output {path} holds another run; choose another")
-    else:
-        path = checkpoint.parent.parent if unfinished and is_newest else _next_free(checkpoint.parent.parent)
-    same = path.resolve() == old_run
-    if same and not is_newest:
-        raise ConfigError(
-            f"--output {path} has newer checkpoints than {checkpoint}; choose another --output, nothing is overwritten"
-        )
+    given = config.watching.output
+    path = Path(given) if given else old if is_newest and not _finished(old) else _next_free(old)
+    if path.resolve() == old and is_newest:
+        return Start(config, RunFolder(path), checkpoint, read_summary(old).get("parent"))
+    if _begun(path):
+        raise ConfigError(f"--output {path} holds a run that this would overwrite; choose another --output")
     run = RunFolder(path)
-    if not same:
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if (old_run / name).exists():
-                shutil.copyfile(old_run / name, path / name)
-        shutil.copytree(old_run / "tokenizer", path / "tokenizer", dirs_exist_ok=True)
-    return Start(config, run, checkpoint, read_summary(path).get("parent") if same else str(checkpoint))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if (old / name).exists():
+            shutil.copyfile(old / name, path / name)
+    return Start(config, run, checkpoint, str(checkpoint))
 
 
-def _adopt(config: Config, path: Path, free: frozenset[str], kind: str) -> Config:
+def _adopt(config: Config, path: Path, free: frozenset[str]) -> Config:
     """The saved options of the run at `path`, with the explicitly given ones that are `free` to differ."""
     try:
         saved = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
@@ -129,22 +114,33 @@ def _adopt(config: Config, path: Path, free: frozenset[str], kind: str) -> Confi
     if contradictions := sorted(given - free):
         listed = "; ".join(f"--{name} {now[name]} (the run has {saved.get(name)})" for name in contradictions)
         raise ConfigError(
-            f"{path} is an {kind} run with other options: {listed}. "
+            f"the run {path} was begun with other options: {listed}. "
             "Leave them out to go on with it, or choose another --output for a new run"
         )
-    keep = {
-        name: saved[name]
-        for name in now
-        if name in saved and name not in given and name not in ("resume", "resume_from", "output")
-    }
-    return config.adopt(keep, sources)
+    own = {"resume", "resume_from", "output", *given}
+    return config.adopt({name: saved[name] for name in now if name in saved and name not in own}, sources)
 
 
 def _destination(config: Config) -> Path:
+    """The folder that was named; else one named after data and model, the newest that is not finished."""
     if config.watching.output is not None:
         return Path(config.watching.output)
-    text = Path(config.data.data or "").stem or "text"
-    return Path("runs") / f"{text.replace('*', '')}-{Path(config.model.model).name}"
+    text = Path(config.data.data or "").stem.replace("*", "") or "text"
+    path = Path("runs") / f"{text}-{Path(config.model.model).name}"
+    if not _begun(path):
+        return path
+    free = _next_free(path)
+    number = int(free.name.rpartition("-")[2]) - 1
+    newest = path.with_name(f"{path.name}-{number}") if number > 1 else path
+    return free if _finished(newest) or not config.watching.resume else newest
+
+
+def _begun(path: Path) -> bool:
+    return (path / "config.yaml").exists()
+
+
+def _finished(path: Path) -> bool:
+    return read_summary(path).get("status") in FINISHED
 
 
 def _next_free(path: Path) -> Path:

@@ -13,12 +13,14 @@ import pytest
 from seedbed import __version__
 from seedbed.cli.app import run
 
-DATA = {
+TEXT = {
     "--data",
     "--val_data",
     "--val_split",
     "--text_column",
     "--document",
+}
+DATA = TEXT | {
     "--tokenizer",
     "--vocab_size",
     "--max_seq_len",
@@ -106,7 +108,7 @@ FLAGS: dict[str, set[str]] = {
         "--json",
     },
     "generate": {"--model", "--prompt", "--prompt_file", "--device", "--json"} | SAMPLING,
-    "tokenizer train": {"--type", "--output", "--json"} | DATA,
+    "tokenizer train": {"--type", "--output", "--json", "--vocab_size"} | TEXT,
     "tokenizer show": {"--text", "--data", "--json"},
     "data list": {"--json"},
     "data show": {"--num", "--json"} | DATA,

@@ -1,0 +1,74 @@
+"""Every command and every Python example of the README and the pages in docs/ runs, in order, as written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from seedbed.cli.app import run
+from seedbed.cli.reference import reference
+from tests.conftest import MakeText
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAKES_ITS_RUN = ("README", "pretrain")
+
+# These have tests of their own, or are other programs.
+NOT_HERE = ("make ", "tensorboard ", "pip ")
+
+
+@pytest.fixture(scope="module")
+def book_run(make_text: MakeText, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `runs/book` that most pages begin with."""
+    folder = tmp_path_factory.mktemp("docs")
+    words = f"pretrain --data {make_text(20_000)} --model tiny --epochs 1 --output {folder / 'book'}"
+    assert run(words.split()) == 0
+    return folder / "book"
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and content of each fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page(page: Path, make_text: MakeText, book_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(make_text(20_000), "book.txt")
+    shutil.copyfile(make_text(30_000), "other.txt")
+    if page.stem not in MAKES_ITS_RUN:
+        shutil.copytree(book_run, "runs/book")
+    for language, content in blocks(page):
+        if language == "python":
+            exec(compile(content, str(page), "exec"), {})  # noqa: S102
+        for line in content.splitlines() if language == "bash" else ():
+            if not line.startswith(NOT_HERE):
+                program, *words = shlex.split(line, comments=True)
+                assert program == "seedbed", line
+                assert run(words) in (0, 75), line
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        named = {line.split()[1] for _, content in blocks(page) for line in content.splitlines() if line[:5] == "make "}
+        assert named and named <= targets
+
+
+def test_options_page_is_what_the_code_says() -> None:
+    assert (ROOT / "docs/options.md").read_text() == reference(), "run `make docs`"
+
+
+def test_every_page_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in readme] == []
