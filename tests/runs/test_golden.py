@@ -24,7 +24,7 @@ TOLERANCE = 2e-4
 def curve(run_it: RunIt, output: Path, arch: str) -> list[float]:
     options = {"max_steps": 12, "eval_every": 6, "learning_rate": 1e-2, "num_kv_heads": 1 if arch != "gpt2" else 2}
     run_it(output, data=str(TEXT), arch=arch, document="blank_line", dropout=0.1, **options)
-    return [record.get("train_loss", record.get("val_loss")) for record in read_metrics(output)]
+    return [float(record.get("train_loss") or record["val_loss"]) for record in read_metrics(output)]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

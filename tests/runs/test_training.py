@@ -47,9 +47,7 @@ def test_batch_times_accumulation_is_one_update(run_it: RunIt, tmp_path: Path, p
         runs[batch] = weights(tmp_path / f"{batch}")
     for batch in (4, 2, 1):
         for name, expected in runs[8].items():
-            torch.testing.assert_close(
-                runs[batch][name], expected, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            assert (runs[batch][name] - expected).abs().max() <= 1e-6, f"batch {batch}: {name}"
 
 
 def test_update_is_torchs_adamw_on_the_mean_loss(small_text_file: Path, tmp_path: Path) -> None:
@@ -69,7 +67,7 @@ def test_update_is_torchs_adamw_on_the_mean_loss(small_text_file: Path, tmp_path
         labels = [b.labels.flatten() for b in batches]
         loss = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = job.schedule.at(step + 1)
