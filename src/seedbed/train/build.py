@@ -13,8 +13,7 @@ import torch
 
 from seedbed.checkpoint import read_optimizer, read_state, require_match, require_space
 from seedbed.config import Config, DataOptions, ModelOptions, TrainingOptions
-from seedbed.data import PaddedRows
-from seedbed.device import describe, pick_device, pick_precision
+from seedbed.device import pick_device, pick_precision
 from seedbed.errors import ConfigError
 from seedbed.model.config import DecoderConfig, from_scratch
 from seedbed.model.decoder import Decoder, num_parameters
@@ -22,8 +21,9 @@ from seedbed.model.weights import load_decoder, read_config
 from seedbed.optim import build_optimizer, load_optimizer_tensors
 from seedbed.schedule import Schedule
 from seedbed.text.tokenizer import Tokenizer
+from seedbed.train.announce import banner, describe_corpus, describe_model, describe_schedule
 from seedbed.train.board import Board
-from seedbed.train.corpus import Corpus, Texts, keep_tokenizer, make_tokenizer, open_texts, require_a_row, tokenize
+from seedbed.train.corpus import keep_tokenizer, make_tokenizer, open_texts, require_a_row, tokenize
 from seedbed.train.job import Job
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
@@ -47,7 +47,7 @@ def build_pretraining(start: Start, display: Display) -> Job:
     decoder_config(config.model, config.data, config.data.vocab_size or ASSUMED_VOCAB)  # contradictions first
     texts = open_texts(config.data)
     require_a_row(texts, config.data.max_seq_len)
-    display.banner("Pre-training a language model", banner_facts(config, texts, device, run.path))
+    banner(display, config, texts, device, run.path)
 
     tokenizer = saved_tokenizer(start) or make_tokenizer(config.data, texts, display)
     corpus = tokenize(texts, tokenizer, config.data, training.seed, display)
@@ -60,9 +60,10 @@ def build_pretraining(start: Start, display: Display) -> Job:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     state = restore(checkpoint, model, optimizer, scaler)
     epochs, total_steps = length(config, len(corpus.rows))
-    describe_corpus(corpus, texts, shape, display)
     schedule = make_schedule(training, total_steps)
-    describe_schedule(schedule, display)
+    describe_corpus(display, corpus, texts)
+    describe_model(display, shape)
+    describe_schedule(display, schedule)
 
     run.truncate(state.records or {"metrics.jsonl": 0, "samples.jsonl": 0})
     keep_tokenizer(tokenizer, run.path)
@@ -226,81 +227,3 @@ def check_prompt(prompt: str, tokenizer: Tokenizer, shape: DecoderConfig) -> Non
         raise ConfigError(
             f"--sample_prompt is {tokens} tokens long and the context is {shape.max_seq_len}; shorten the prompt"
         )
-
-
-def banner_facts(config: Config, texts: Texts, device: torch.device, run: Path) -> dict[str, object]:
-    """The first lines of a run: what will be done, before anything slow."""
-    data, training = config.data, config.training
-    if texts.validation is None:
-        validation = f"{data.val_split:.0%} split" if data.val_split else "none"
-    else:
-        validation = data.val_data or f"{data.data} ({texts.validation.split} split)"
-    warmup = f"{training.warmup_ratio:.0%} of the run" if training.warmup_steps is None else training.warmup_steps
-    return {
-        "Device": f"{describe(device)}, {training.precision}",
-        "Data": data.data,
-        "Validation": validation,
-        "Tokenizer": data.tokenizer,
-        "Batch size": training.batch_size,
-        "Gradient accumulation": training.grad_accumulation,
-        "Learning rate": f"{training.learning_rate:g}",
-        "Epochs": training.epochs if training.max_steps is None else f"until step {training.max_steps}",
-        "Warmup steps": warmup,
-        "Early stopping patience": config.watching.early_stopping_patience or "off",
-        "Run folder": run,
-    }
-
-
-def describe_corpus(corpus: Corpus, texts: Texts, shape: DecoderConfig, display: Display) -> None:
-    """How much text there is, what packing or padding does to it, and the model that will read it."""
-    held = corpus.validation
-    display.line()
-    display.line(
-        f"Loaded {corpus.num_documents:,} training documents, {corpus.num_bytes / 1e6:.2f} MB of {texts.train.name}"
-    )
-    if held is not None:
-        display.line(f"Validation: {held.num_documents:,} documents, {held.num_bytes / 1e6:.2f} MB")
-    rows = corpus.rows
-    display.line(
-        f"Training samples: {len(rows):,} rows of {rows.max_seq_len} tokens, {rows.num_targets:,} tokens an epoch"
-    )
-    if isinstance(rows, PaddedRows):
-        display.line(
-            f"  {rows.padding:.1%} of them is padding; {rows.truncated_documents:,} documents were cut, "
-            f"{rows.truncated_tokens:,} tokens lost"
-        )
-    display.line()
-    display.line("Model configuration:")
-    facts = {
-        "Architecture": shape.family,
-        "Vocabulary": f"{shape.vocab_size:,}",
-        "Model dim": shape.d_model,
-        "Layers": shape.num_layers,
-        "Query heads": shape.num_heads,
-        "KV heads": shape.num_kv_heads,
-        "Feed-forward": shape.d_ff,
-        "Context": shape.max_seq_len,
-    }
-    for name, value in facts.items():
-        display.line(f"  {name}: {value}")
-    parameters = num_parameters(shape)
-    display.line()
-    display.line(f"Model created: {parameters:,} parameters ({parameters * 4 / 2**20:,.1f} MB in float32)")
-
-
-def describe_schedule(schedule: Schedule, display: Display) -> None:
-    name = "warmup-stable-decay" if schedule.kind == "wsd" else f"{schedule.kind} decay"
-    display.line()
-    if schedule.total_steps is not None:
-        display.line(f"Total training steps: {schedule.total_steps:,}")
-    if schedule.kind == "cosine_time":
-        display.line("Learning rate schedule: cosine decay that ends when the hours run out")
-    else:
-        display.line(f"Learning rate schedule: warmup {schedule.warmup_steps} steps, then {name}")
-    if schedule.total_steps is not None and schedule.warmup_steps >= schedule.total_steps:
-        display.line(
-            f"Warning: --warmup_steps {schedule.warmup_steps} is not shorter than the run of {schedule.total_steps} "
-            "steps, so the peak learning rate is never reached; try a tenth of the run"
-        )
-    display.line()
-    display.line("Starting training...")

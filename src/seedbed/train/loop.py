@@ -127,6 +127,7 @@ class Loop:
         self.sitting_tokens = 0
         self.save_seconds = 0.5 + 3 * model_bytes(job) / 500e6  # until one was measured
         self.saved: tuple[int, Path] | None = None
+        self.count_epochs()
 
     def run(self, request: StopRequest) -> str:
         """Rare events above, the step below; the extra turn at the end needs no second code path."""
@@ -153,6 +154,13 @@ class Loop:
             result = take_step(job, self.watch.share_used)
             state.step += 1
             self.record(result, self.watch.seconds - began)
+
+    def count_epochs(self) -> None:
+        """A run that goes on from a checkpoint with other batches is elsewhere in its epochs."""
+        state, steps = self.state, self.job.steps_per_epoch
+        if state.steps_per_epoch != steps:
+            state.steps_per_epoch, state.closed_epochs = steps, state.step // steps
+            state.epoch_loss_sum, state.epoch_tokens = 0.0, 0
 
     # When things are due
 

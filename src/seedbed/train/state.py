@@ -25,6 +25,7 @@ class TrainingState:
     validated_step: int = 0
     """Step of the last finished validation."""
     val_loss: float | None = None
+    steps_per_epoch: int = 0
     closed_epochs: int = 0
     """Epochs whose end was reported, judged for early stopping and saved."""
     best_val_loss: float | None = None
