@@ -80,7 +80,7 @@ def _tour(run: str, console: Console) -> None:
         f"{result.word_ppl:,.0f} a word, {result.bits_per_byte:.3f} bits per byte"
     )
     options = SamplingOptions(max_new_tokens=60)
-    for completion in write(model, tokenizer, ["Return the ", "If the file "], options):
+    for completion in write(model, tokenizer, ["Return the", "If the file"], options):
         say()
         say(f"> {completion.prompt}{completion.text}")
     say()
