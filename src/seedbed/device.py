@@ -53,7 +53,8 @@ def pick_precision(name: str, device: torch.device) -> Precision:
 def _cpu_accelerates_bf16() -> bool:
     """AMX or AVX512-BF16, unless the user told oneDNN to keep away from them."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    if limit and "BF16" not in limit and "AMX" not in limit and limit not in ("ALL", "DEFAULT"):
+    knows_bf16 = ("BF16", "FP16", "AMX", "ALL", "DEFAULT")
+    if limit and not any(word in limit for word in knows_bf16):
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 

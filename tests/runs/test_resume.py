@@ -160,3 +160,12 @@ def test_default_output_of_a_finished_run_gets_a_number(
     assert not isinstance(second, AlreadyFinished)
     assert second.run.path.name == f"{first.run.path.name}-2"
     second.run.close()
+
+
+def test_going_on_with_other_batches_counts_epochs_anew(run_it: RunIt, tmp_path: Path) -> None:
+    run_it(tmp_path / "a", **{**OPTIONS, "keep_checkpoints": 0})
+    options = {**OPTIONS, "batch_size": 4, "epochs": 2, "max_steps": 1000, "early_stopping_patience": 0}
+    outcome = run_it(tmp_path / "b", resume_from=str(tmp_path / "a/checkpoints/step-4"), **options)
+    closed = {path.name for path in (tmp_path / "b/checkpoints").glob("epoch-*")}
+    assert outcome.summary["steps"] == outcome.summary["total_steps"]
+    assert closed == {"epoch-1", "epoch-2"}

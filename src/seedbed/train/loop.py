@@ -214,9 +214,11 @@ class Loop:
         last = min(first + job.rows_per_step, len(job.rows)) - 1
         job.run.event("skipped_step", state.step, reason="non-finite loss or gradient", rows=[first, last])
         self.display.line(f"Step {state.step}: the loss or its gradient is not finite; update skipped")
-        if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        # float16 finds its loss scale by overflowing: from 65,536 down takes some tries.
+        limit = 2 * MAX_SKIPPED_IN_A_ROW if job.scaler.is_enabled() else MAX_SKIPPED_IN_A_ROW
+        if state.skipped_in_a_row >= limit:
             raise DivergedError(
-                f"step {state.step}: {MAX_SKIPPED_IN_A_ROW} updates in a row had a non-finite loss or gradient; "
+                f"step {state.step}: {limit} updates in a row had a non-finite loss or gradient; "
                 f"lower --learning_rate (now {job.training.learning_rate:g}) or lengthen --warmup_steps"
             )
 
