@@ -23,7 +23,7 @@ fix: $(VENV)/installed-dev  ## format, and mend what the linter can
 	$(BIN)/ruff check --fix $(SOURCES)
 
 starter: $(VENV)/installed-dev  ## the tests that need a real pretrained model (downloads 93 MB once)
-	$(PIP) gguf
+	$(PIP) gguf accelerate
 	$(BIN)/python tests/starter.py .starter
 	SEEDBED_STARTER=.starter $(BIN)/python -m pytest -m starter
 

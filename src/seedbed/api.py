@@ -20,8 +20,7 @@ from rich.console import Console
 
 from seedbed.checkpoint import find_model, load_model
 from seedbed.config import Layer, SamplingOptions, read_config_file, resolve
-from seedbed.data import open_source
-from seedbed.device import pick_device
+from seedbed.data import open_whole
 from seedbed.errors import ConfigError
 from seedbed.evaluate import Evaluation, evaluate
 from seedbed.generate import generate
@@ -71,7 +70,7 @@ class LanguageModel:
         return texts[0] if isinstance(prompts, str) else texts
 
     def evaluate(
-        self, data: str, *, max_seq_len: int | None = None, stride: int | None = None, document: str = "file"
+        self, data: str, *, max_seq_len: int | None = None, stride: int | None = None, document: str | None = None
     ) -> Evaluation:
         """How well the model predicts a text: nats per token, perplexities, bits per byte.
 
@@ -79,9 +78,9 @@ class LanguageModel:
             data: a file, folder, glob or named source.
             max_seq_len: tokens predicted in one window; by default what the model allows, at most 1024.
             stride: tokens between windows; smaller gives each token more context and takes longer.
-            document: what separates documents, as `--document` has it.
+            document: what separates documents, as `--document` has it; by default a file is one.
         """
-        source = open_source(data, document=_document_rule(data, document))
+        source = open_whole(data, document=document)
         length = max_seq_len or min(1024, self.decoder.config.max_seq_len)
         return evaluate(self.decoder, self.tokenizer, source.documents(), max_seq_len=length, stride=stride)
 
@@ -147,8 +146,8 @@ def load(path: str | Path, device: str = "auto") -> LanguageModel:
         ConfigError: no such folder.
         CheckpointError: a damaged or incomplete one.
     """
-    decoder, tokenizer = load_model(path)
-    return LanguageModel(find_model(path), decoder.to(pick_device(device)).eval(), tokenizer)
+    decoder, tokenizer = load_model(path, device)
+    return LanguageModel(find_model(path), decoder, tokenizer)
 
 
 def _sampling(options: dict[str, Any]) -> SamplingOptions:
@@ -156,8 +155,3 @@ def _sampling(options: dict[str, Any]) -> SamplingOptions:
         return SamplingOptions(**options)
     except ValidationError as error:
         raise ConfigError([f"{detail['loc'][0]}: {detail['msg']}" for detail in error.errors()]) from None
-
-
-def _document_rule(data: str, document: str) -> str:
-    """Rows of tables and the documents of named sources are what they are; plain files are read whole."""
-    return document if Path(data).is_file() and Path(data).suffix not in (".jsonl", ".parquet") else "auto"

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from seedbed.device import pick_device
 from seedbed.errors import CheckpointError, ConfigError, StorageError
 from seedbed.model.decoder import Decoder
 from seedbed.model.weights import load_decoder, save_decoder
@@ -145,8 +146,10 @@ def find_model(path: str | Path) -> Path:
     return newest
 
 
-def load_model(path: str | Path) -> tuple[Decoder, Tokenizer]:
+def load_model(path: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     """The model and tokenizer of a checkpoint, a run or a transformers folder, every byte of ours checked.
+
+    The model comes in float32, in evaluation mode, on `device` (as `--device` names it).
 
     Raises:
         CheckpointError: a damaged or incomplete folder.
@@ -157,7 +160,7 @@ def load_model(path: str | Path) -> tuple[Decoder, Tokenizer]:
         raise CheckpointError(f"{folder}: damaged: {'; '.join(problems)}")
     model, tokenizer = load_decoder(folder), Tokenizer.load(folder)
     require_match(model, tokenizer, str(folder))
-    return model, tokenizer
+    return model.to(pick_device(device)).eval(), tokenizer
 
 
 def require_match(model: Decoder, tokenizer: Tokenizer, name: str) -> None:

@@ -74,7 +74,7 @@ def train_tokenizer(
 def show_tokenizer(ctx: click.Context, folder: str, text: str | None, data: str | None, as_json: bool) -> None:
     """A tokenizer's size and special tokens, and what it makes of a text."""
     refuse_unknown(ctx)
-    from seedbed.cli.models import open_documents
+    from seedbed.data import open_whole
     from seedbed.text.tokenizer import Tokenizer, bytes_per_token
 
     loaded = Tokenizer.load(folder)
@@ -83,7 +83,7 @@ def show_tokenizer(ctx: click.Context, folder: str, text: str | None, data: str 
         "vocab_size": loaded.vocab_size,
         "eos_id": loaded.eos_id,
         "bos_id": loaded.bos_id,
-        "bytes_per_token": bytes_per_token(loaded, open_documents(data)) if data else None,
+        "bytes_per_token": bytes_per_token(loaded, open_whole(data).documents()) if data else None,
     }
     if text is not None:
         ids = loaded.encode(text)

@@ -62,11 +62,13 @@ def evaluate(
     """Loss, perplexities and bits per byte of a model on text."""
     refuse_unknown(ctx)
     from seedbed.checkpoint import load_model
-    from seedbed.device import pick_device
+    from seedbed.data import open_whole
 
-    documents = open_documents(data, text_column, document) if data else held_out_documents(model)
-    decoder, tokenizer = load_model(model)
-    decoder.to(pick_device(device))
+    if data:
+        documents = open_whole(data, text_column=text_column, document=document).documents()
+    else:
+        documents = held_out_documents(model)
+    decoder, tokenizer = load_model(model, device)
     result = _measure(decoder, tokenizer, documents, make_console(as_json), max_seq_len, stride, batch_size)
     facts = result.to_json(model, data or f"held out by {model}")
     if as_json:
@@ -113,21 +115,6 @@ def _measure(
             batch_size=batch_size,
             progress=report,
         )
-
-
-def open_documents(data: str, text_column: str = "text", document: str | None = None) -> Iterator[str]:
-    """The documents to evaluate on: files whole, unless told otherwise; rows and named documents as they are."""
-    from seedbed.data import open_source
-    from seedbed.data.named import NAMED
-
-    rule = document or ("auto" if data in NAMED else "file")
-    try:
-        source = open_source(data, text_column=text_column, document=rule)
-    except ConfigError:
-        if document:
-            raise
-        source = open_source(data, text_column=text_column)
-    return source.documents()
 
 
 def held_out_documents(model: str) -> Iterator[str]:
@@ -184,11 +171,9 @@ def generate(
     options = read_section(ctx, SamplingOptions)
     prompts = [*prompt, *([_read_prompt(prompt_file)] if prompt_file else [])] or [""]
     from seedbed.checkpoint import load_model
-    from seedbed.device import pick_device
     from seedbed.generate import generate as write
 
-    decoder, tokenizer = load_model(model)
-    decoder.to(pick_device(device))
+    decoder, tokenizer = load_model(model, device)
     if as_json or len(prompts) > 1:
         completions = write(decoder, tokenizer, prompts, options)
         if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from seedbed.data.rows import PackedRows, PaddedRows, Row
-from seedbed.data.sources import Source, from_texts, open_source
+from seedbed.data.sources import Source, from_texts, open_source, open_whole
 from seedbed.data.split import held_out
 from seedbed.data.store import Store, open_store
 
@@ -17,4 +17,5 @@ __all__ = [
     "held_out",
     "open_source",
     "open_store",
+    "open_whole",
 ]
