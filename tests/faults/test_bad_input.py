@@ -389,3 +389,19 @@ def test_a_damaged_checkpoint_is_not_evaluated(tiny_run: Path, text_file: Path, 
 def test_a_prompt_longer_than_the_context(tiny_run: Path, fails: Fails) -> None:
     message = fails(2, ["generate", "--model", str(tiny_run), "--prompt", "many words " * 60])
     assert "32" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("few.jsonl", b'{"text": "a"}\n{"text": ', "line 2"),
+        ("few.txt", b"ab\xff", "byte 2"),
+        ("nul.txt", b"a\0b", "NUL"),
+    ],
+)
+def test_what_is_broken_comes_before_what_is_short(
+    name: str, content: bytes, words: str, work: Path, pretrain: Fails
+) -> None:
+    (work / name).write_bytes(content)
+    message = pretrain(3, ["--data", name])
+    assert name in message and words in message

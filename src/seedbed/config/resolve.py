@@ -153,8 +153,8 @@ def _with_preset(layers: Sequence[Layer], problems: list[str]) -> list[Layer]:
     if not (Path(name) / "config.json").is_file():
         place = where("model", name, named[-1].source)
         problems.append(
-            f"{place}: no preset of that name and no folder with a config.json"
-            f"{did_you_mean(name, preset_names())}; presets: {', '.join(preset_names())}"
+            f"{place}: no preset of that name ({', '.join(preset_names())}) and no folder with a config.json"
+            f"{did_you_mean(name, preset_names())}"
         )
     return list(layers)
 

@@ -89,6 +89,8 @@ def open_texts(options: TextOptions) -> Texts:
 def require_a_row(texts: Texts, max_seq_len: int) -> None:
     """Raise DataError when the text cannot fill one row, whatever the tokenizer."""
     if texts.train.num_bytes < max_seq_len:
+        for _ in texts.train.documents():  # what is wrong inside comes first: it may be why there is so little
+            pass
         raise DataError(
             f"--data {texts.train.name}: {texts.train.num_bytes:,} bytes of text are less than one row of "
             f"--max_seq_len {max_seq_len:,} tokens; lower --max_seq_len, or give more text"
