@@ -36,6 +36,7 @@ device_option = click.option("--device", default="auto", help="auto, cpu, cuda, 
 @click.option("--data", help="Text, as for training; by default the documents that the run held out.")
 @click.option("--text_column", default="text", help="Column of JSONL and Parquet rows. [text]")
 @click.option("--document", help="What separates documents in text files. [file]")
+@click.option("--split", help="Of a named source: train, validation or test. [test, else validation]")
 @click.option(
     "--max_seq_len",
     type=click.IntRange(min=1),
@@ -53,6 +54,7 @@ def evaluate(
     data: str | None,
     text_column: str,
     document: str | None,
+    split: str | None,
     max_seq_len: int | None,
     stride: int | None,
     batch_size: int,
@@ -65,7 +67,7 @@ def evaluate(
     from seedbed.data import open_whole
 
     if data:
-        documents = open_whole(data, text_column=text_column, document=document).documents()
+        documents = open_whole(data, text_column=text_column, document=document, split=split).documents()
     else:
         documents = held_out_documents(model)
     decoder, tokenizer = load_model(model, device)

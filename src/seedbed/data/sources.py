@@ -94,16 +94,20 @@ def open_source(
     )
 
 
-def open_whole(spec: str, *, text_column: str = "text", document: str | None = None) -> Source:
+def open_whole(
+    spec: str, *, text_column: str = "text", document: str | None = None, split: str | None = None
+) -> Source:
     """A source to measure a model on: a text file is one document, unless `document` says otherwise.
 
-    Rows of tables and the documents of named sources are what they are. Raises as `open_source` does.
+    Rows of tables and the documents of named sources are what they are; of a named source's splits `test` is
+    taken, else `validation`, else `train`. Raises as `open_source` does.
     """
-    if document is None:
-        named = spec in NAMED and not Path(spec).exists()
-        tables = not named and all(path.suffix.lower() in TABLE_SUFFIXES for path in _find_files(spec, "--data"))
-        document = "auto" if named or tables else "file"
-    return open_source(spec, text_column=text_column, document=document)
+    if spec in NAMED and not Path(spec).exists():
+        best = next(name for name in ("test", "validation", "train") if name in NAMED[spec].splits)
+        return open_source(spec, document=document or "auto", split=split or best)
+    tables = all(path.suffix.lower() in TABLE_SUFFIXES for path in _find_files(spec, "--data"))
+    rule = document or ("auto" if tables else "file")
+    return open_source(spec, text_column=text_column, document=rule, split=split or "train")
 
 
 def from_texts(texts: Sequence[str], name: str = "texts") -> Source:

@@ -101,6 +101,7 @@ FLAGS: dict[str, set[str]] = {
         "--data",
         "--text_column",
         "--document",
+        "--split",
         "--max_seq_len",
         "--stride",
         "--batch_size",

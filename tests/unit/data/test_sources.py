@@ -192,3 +192,20 @@ def test_a_data_set_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_every_named_source_has_a_training_split() -> None:
     assert all("train" in named.splits and named.about and named.size for named in NAMED.values())
+
+
+def test_what_is_measured_is_whole_and_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("One.\n\nTwo.\n" * 3000, encoding="utf-8")
+    assert len(list(open_whole(str(text)).documents())) == 1
+    assert len(list(open_whole(str(text), document="blank_line").documents())) > 1000
+    rows = tmp_path / "a.jsonl"
+    rows.write_text('{"text": "One."}\n{"text": "Two."}\n', encoding="utf-8")
+    assert list(open_whole(str(rows)).documents()) == ["One.", "Two."]
+    assert open_whole("python-docs").split == "train"
+    with pytest.raises(ConfigError, match="no split 'test'"):
+        open_whole("python-docs", split="test")
+    opened: list[str] = []
+    monkeypatch.setattr(sources, "load_hub_documents", lambda name, rows, split: opened.append(split))
+    assert (open_whole("wikitext-2").split, open_whole("tinystories").split) == ("test", "validation")
+    assert opened == ["test", "validation"]
