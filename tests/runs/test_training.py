@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,21 @@ def test_precision_and_checkpointing_train_the_same_model(
     tolerance = 1e-6 if "gradient_checkpointing" in options else 0.02
     assert other.summary["best_val_loss"] == pytest.approx(plain.summary["best_val_loss"], abs=tolerance)
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "other").values())
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_compiled_trains_the_same_model(run_it: RunIt, tmp_path: Path) -> None:
+    options = {"max_steps": 3, "num_layers": 1, "eval_every": 3}
+    plain = run_it(tmp_path / "plain", **options)
+    compiled = run_it(tmp_path / "compiled", compile=True, **options)
+    assert compiled.summary["best_val_loss"] == pytest.approx(plain.summary["best_val_loss"], abs=1e-4)
+
+
+def test_compile_without_a_compiler_is_refused(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(ConfigError, match="--compile needs a C"):
+        run_it(tmp_path / "a", compile=True, max_steps=3)
+    assert not (tmp_path / "a").exists()
 
 
 def test_fp16_scale_is_restored(run_it: RunIt, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def build_pretraining(start: Start, display: Display) -> Job:
     check_prompt(watching.sample_prompt, tokenizer, shape)
 
     model = initial_model(shape, checkpoint, tokenizer, training).to(device)
+    forward = compiled(model) if training.compile else model
     optimizer = build_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     state = restore(checkpoint, model, optimizer, scaler)
@@ -70,7 +71,7 @@ def build_pretraining(start: Start, display: Display) -> Job:
     run.write_config(with_shape(config, shape).to_yaml())
     return Job(
         model=model,
-        forward=compiled(model) if training.compile else model,
+        forward=forward,
         tokenizer=tokenizer,
         optimizer=optimizer,
         scaler=scaler,
