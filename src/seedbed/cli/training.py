@@ -111,12 +111,13 @@ def plan_pretrain(ctx: click.Context, /, config: str | None, as_json: bool, **_f
     if as_json:
         print_json(facts)
         return
+    assumed = resolved.data.vocab_size is None and resolved.data.tokenizer in ("bpe", "char")
     print_facts(
         {
             "Parameters": f"{facts['parameters']:,}",
             "Trainable": f"{facts['trainable_parameters']:,}",
             "Weights": f"{facts['parameters_mb']:,.1f} MB in float32",
-            "Vocabulary": f"{facts['vocab_size']:,}{facts['vocab_from']}",
+            "Vocabulary": f"{facts['vocab_size']:,}{' (assumed; see --vocab_size)' if assumed else ''}",
         }
     )
 
@@ -127,15 +128,14 @@ def _parameters(model: ModelOptions, data: DataOptions) -> dict[str, Any]:
     from seedbed.train.build import ASSUMED_VOCAB, decoder_config
     from seedbed.train.corpus import TRAINED_HERE
 
-    if data.tokenizer not in TRAINED_HERE:
-        vocab_size, origin = Tokenizer.load(data.tokenizer).vocab_size, f" ({data.tokenizer})"
+    if data.tokenizer in TRAINED_HERE:
+        vocab_size = data.vocab_size or ASSUMED_VOCAB
     else:
-        vocab_size, origin = data.vocab_size or ASSUMED_VOCAB, "" if data.vocab_size else " (assumed)"
+        vocab_size = Tokenizer.load(data.tokenizer).vocab_size
     parameters = num_parameters(decoder_config(model, data, vocab_size))
     return {
         "parameters": parameters,
         "trainable_parameters": parameters,
         "parameters_mb": round(parameters * 4 / 2**20, 2),
         "vocab_size": vocab_size,
-        "vocab_from": origin,
     }
