@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from seedbed.data.store import split_long
 from seedbed.errors import ConfigError, DataError
 from seedbed.loss import IGNORE, token_losses
 from seedbed.model.decoder import Decoder
@@ -26,6 +27,9 @@ Tokens = npt.NDArray[np.int32]
 Window = tuple[Tokens, int]
 
 SORTED_BATCHES: Final = 16  # so many batches of windows are sorted by length at once, to waste little on padding
+
+# The tokenizers library holds some 450 bytes a token while it encodes; a longer text is given to it in pieces.
+PIECE_CHARS: Final = 2**21
 
 
 @dataclass(frozen=True)
@@ -180,8 +184,11 @@ def _windows(
 ) -> Iterator[Window]:
     """The windows of all documents; their texts are counted on the way."""
     for texts in batches_of_text(documents):
-        arrays = [np.array(ids, dtype=np.int32) for ids in tokenizer.encode_batch(texts)]
-        for text, tokens in zip(texts, arrays, strict=True):
+        pieces = [split_long(text, PIECE_CHARS) for text in texts]
+        in_batches = batches_of_text(piece for some in pieces for piece in some)
+        encoded = (np.array(ids, dtype=np.int32) for batch in in_batches for ids in tokenizer.encode_batch(batch))
+        for text, some in zip(texts, pieces, strict=True):
+            tokens = np.concatenate(list(islice(encoded, len(some))))
             count.documents += 1
             if len(tokens) > 1:
                 count.words += sum(1 for _ in re.finditer(r"\S+", text))

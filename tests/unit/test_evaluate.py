@@ -167,3 +167,22 @@ def test_bad_windows_are_refused(model: Decoder, tokenizer: Tokenizer) -> None:
 def test_nothing_to_predict_is_an_error(model: Decoder, tokenizer: Tokenizer, documents: list[str]) -> None:
     with pytest.raises(DataError, match="nothing to predict"):
         evaluate(model, tokenizer, documents, max_seq_len=8)
+
+
+def test_a_long_text_is_tokenized_in_pieces_with_the_same_result(
+    model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"{TEXT} " * 600
+    whole = evaluate(model, tokenizer, [text, TEXT, text], max_seq_len=32)
+    longest = 0
+    encode_batch = Tokenizer.encode_batch
+
+    def spy(self: Tokenizer, texts: list[str]) -> list[list[int]]:
+        nonlocal longest
+        longest = max(longest, *map(len, texts))
+        return encode_batch(self, texts)
+
+    monkeypatch.setattr("seedbed.evaluate.PIECE_CHARS", 5000)
+    monkeypatch.setattr(Tokenizer, "encode_batch", spy)
+    assert evaluate(model, tokenizer, [text, TEXT, text], max_seq_len=32) == whole
+    assert longest <= 5000
