@@ -88,7 +88,7 @@ def train(job: Job, display: Display) -> Outcome:
     """
     loop = Loop(job, display)
     try:
-        with listen_for_signals(display.line) as request, display:
+        with listen_for_signals() as request, display:
             status = loop.run(request)
     except SeedbedError as error:
         loop.summarize("diverged" if isinstance(error, DivergedError) else "failed")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
+
+SAVING = "saving after this step; once more leaves at once without saving"
 
 
 @dataclass
@@ -23,7 +26,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def listen_for_signals(announce: Callable[[str], None]) -> Iterator[StopRequest]:
+def listen_for_signals() -> Iterator[StopRequest]:
     """Turn SIGINT, SIGTERM and SIGHUP into a `StopRequest`; a second one leaves at once."""
     request = StopRequest()
 
@@ -31,7 +34,8 @@ def listen_for_signals(announce: Callable[[str], None]) -> Iterator[StopRequest]
         if request.signal is not None:
             raise KeyboardInterrupt
         request.signal = signal.Signals(number)
-        announce(f"{request.signal.name}: saving after this step; once more leaves at once without saving")
+        # Not print: the signal may have come in the middle of one, and a stream is not entered twice.
+        os.write(2, f"\n{request.signal.name}: {SAVING}\n".encode())
 
     previous = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
