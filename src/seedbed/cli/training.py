@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -85,13 +88,23 @@ def _tour(run: str, console: Console) -> None:
         say(f"> {completion.prompt}{completion.text}")
     say()
     say("What to type next:")
-    say(f"  seedbed generate --model {run} --prompt 'The class'")
-    say(f"  seedbed evaluate --model {run} --data README.md")
-    say("  seedbed pretrain --data YOUR_TEXT.txt --model tiny --epochs 5")
-    say(f"  tensorboard --logdir {run}/tensorboard")
+    program, folder = _program()
+    say(f"  {program} generate --model {run} --prompt 'The class'")
+    say(f"  {program} evaluate --model {run}")
+    say(f"  {program} pretrain --data YOUR_TEXT.txt --model tiny --epochs 5")
+    say(f"  {folder}tensorboard --logdir {run}/tensorboard")
     say(
         f"The checkpoint opens in transformers as it is: AutoModelForCausalLM.from_pretrained('{run}/checkpoints/best')"
     )
+
+
+def _program() -> tuple[str, str]:
+    """How this program was called, so that its hints can be typed as they are, and the folder it is in."""
+    if shutil.which("seedbed"):
+        return "seedbed", ""
+    if Path(sys.argv[0]).name == "seedbed":
+        return sys.argv[0], f"{Path(sys.argv[0]).parent}/"
+    return f"{sys.executable} -m seedbed", f"{Path(sys.executable).parent}/"
 
 
 @click.group()
