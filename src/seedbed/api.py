@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, overload
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from seedbed.checkpoint import find_model, load_model
-from seedbed.config import Layer, SamplingOptions, read_config_file, resolve
+from seedbed.config import Layer, SamplingOptions, read_config_file, read_section, resolve
 from seedbed.data import open_whole
 from seedbed.errors import ConfigError
 from seedbed.evaluate import Evaluation, evaluate
@@ -65,7 +64,7 @@ class LanguageModel:
             ConfigError: an unknown option or value, or a prompt longer than the context.
         """
         several = [prompts] if isinstance(prompts, str) else list(prompts)
-        completions = generate(self.decoder, self.tokenizer, several, _sampling(options))
+        completions = generate(self.decoder, self.tokenizer, several, read_section(SamplingOptions, options, CALL))
         texts = [completion.text for completion in completions]
         return texts[0] if isinstance(prompts, str) else texts
 
@@ -148,10 +147,3 @@ def load(path: str | Path, device: str = "auto") -> LanguageModel:
     """
     decoder, tokenizer = load_model(path, device)
     return LanguageModel(find_model(path), decoder, tokenizer)
-
-
-def _sampling(options: dict[str, Any]) -> SamplingOptions:
-    try:
-        return SamplingOptions(**options)
-    except ValidationError as error:
-        raise ConfigError([f"{detail['loc'][0]}: {detail['msg']}" for detail in error.errors()]) from None

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
-from seedbed.cli.options import Verb, layers, read_section, refuse_unknown, sections
-from seedbed.config import DataOptions, TextOptions, resolve
+from seedbed.cli.options import Verb, given, layers, refuse_unknown, sections
+from seedbed.config import FLAGS, TRAINED_HERE, DataOptions, TextOptions, read_section, resolve
 from seedbed.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def train_tokenizer(
 ) -> None:
     """Train a tokenizer on the training documents; those that --val_split holds out are never looked at."""
     refuse_unknown(ctx)
-    options = read_section(ctx, TextOptions)
-    if kind not in ("bpe", "char"):
+    options = read_section(TextOptions, given(ctx, TextOptions.model_fields), FLAGS)
+    if kind not in TRAINED_HERE:
         raise ConfigError(f"--type {kind}: expected bpe or char")
     if kind == "char" and vocab_size:
         raise ConfigError("--vocab_size has no meaning with --type char: there is a token for each character")
@@ -55,8 +55,7 @@ def train_tokenizer(
     texts = open_texts(options)
     trained = train(kind, vocab_size, texts, Display(make_console(as_json), log_every=1))
     trained.save(Path(output))
-    has_held_out = texts.validation is not None or texts.val_split > 0
-    held_out = bytes_per_token(trained, texts.held_out_documents()) if has_held_out else None
+    held_out = bytes_per_token(trained, texts.held_out_documents()) if texts.hold_out else None
     facts = {"tokenizer": output, "type": kind, "vocab_size": trained.vocab_size, "bytes_per_token": held_out}
     if as_json:
         print_json(facts)

@@ -9,8 +9,8 @@ import click
 from rich.console import Console
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
-from seedbed.cli.options import Verb, read_section, refuse_unknown, sections
-from seedbed.config import SamplingOptions, TextOptions, read_config_file
+from seedbed.cli.options import Verb, given, refuse_unknown, sections
+from seedbed.config import FLAGS, SamplingOptions, TextOptions, read_config_file, read_section
 from seedbed.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def held_out_documents(model: str) -> Iterator[str]:
         texts = open_texts(options)
     except DataError as error:
         raise DataError(f"{error} (so {run}/config.yaml names it; give --data)") from None
-    if texts.validation is None and not texts.val_split:
+    if not texts.hold_out:
         raise ConfigError(f"--data is missing, and the run {run} held no documents out")
     return texts.held_out_documents()
 
@@ -170,7 +170,7 @@ def generate(
 ) -> None:
     """Text from a model, streamed as it is written."""
     refuse_unknown(ctx)
-    options = read_section(ctx, SamplingOptions)
+    options = read_section(SamplingOptions, given(ctx, SamplingOptions.model_fields), FLAGS)
     prompts = [*prompt, *([_read_prompt(prompt_file)] if prompt_file else [])] or [""]
     from seedbed.checkpoint import load_model
     from seedbed.generate import generate as write

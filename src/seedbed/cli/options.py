@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import click
-from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from seedbed.config import FLAGS, REGIMES, Layer, Section, read_config_file
 from seedbed.errors import ConfigError, did_you_mean
-
-S = TypeVar("S", bound=Section)
 
 SETTINGS = {
     "token_normalize_func": lambda name: name.replace("-", "_"),
@@ -101,23 +98,6 @@ def refuse_unknown(ctx: click.Context) -> None:
     known = [parameter.name or "" for parameter in ctx.command.params]
     if names := unknown_flags(ctx):
         raise ConfigError([f"unknown option --{name}{did_you_mean(name, known)}" for name in names])
-
-
-def read_section(ctx: click.Context, section: type[S]) -> S:
-    """One section from its flags alone.
-
-    Raises:
-        ConfigError: every value that is wrong.
-    """
-    values = given(ctx, section.model_fields)
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(explain(error.errors(), values)) from None
-
-
-def explain(details: Sequence[Any], values: dict[str, Any]) -> list[str]:
-    return [f"--{d['loc'][0]} {values.get(d['loc'][0])}: {d['msg'][0].lower()}{d['msg'][1:]}" for d in details]
 
 
 def _is_bool(field: FieldInfo) -> bool:

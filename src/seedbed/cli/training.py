@@ -14,6 +14,7 @@ from seedbed.cli.console import json_option, make_console, print_facts, print_js
 from seedbed.cli.options import Verb, layers, sections
 from seedbed.config import (
     SECTIONS,
+    TRAINED_HERE,
     Config,
     DataOptions,
     Layer,
@@ -124,7 +125,7 @@ def plan_pretrain(ctx: click.Context, /, config: str | None, as_json: bool, **_f
     if as_json:
         print_json(facts)
         return
-    assumed = resolved.data.vocab_size is None and resolved.data.tokenizer in ("bpe", "char")
+    assumed = resolved.data.vocab_size is None and resolved.data.tokenizer in TRAINED_HERE
     print_facts(
         {
             "Parameters": f"{facts['parameters']:,}",
@@ -139,7 +140,6 @@ def _parameters(model: ModelOptions, data: DataOptions) -> dict[str, Any]:
     from seedbed.model.decoder import num_parameters
     from seedbed.text.tokenizer import Tokenizer
     from seedbed.train.build import ASSUMED_VOCAB, decoder_config
-    from seedbed.train.corpus import TRAINED_HERE
 
     if data.tokenizer in TRAINED_HERE:
         vocab_size = data.vocab_size or ASSUMED_VOCAB

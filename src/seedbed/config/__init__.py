@@ -4,6 +4,7 @@ from seedbed.config.options import (
     FREE_TO_CHANGE,
     REGIMES,
     SECTIONS,
+    TRAINED_HERE,
     DataOptions,
     ModelOptions,
     SamplingOptions,
@@ -20,6 +21,7 @@ from seedbed.config.resolve import (
     preset_names,
     read_config_file,
     read_preset,
+    read_section,
     resolve,
     where,
 )
@@ -29,6 +31,7 @@ __all__ = [
     "FREE_TO_CHANGE",
     "REGIMES",
     "SECTIONS",
+    "TRAINED_HERE",
     "Config",
     "DataOptions",
     "Layer",
@@ -42,6 +45,7 @@ __all__ = [
     "preset_names",
     "read_config_file",
     "read_preset",
+    "read_section",
     "resolve",
     "where",
 ]

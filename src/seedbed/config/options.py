@@ -147,6 +147,9 @@ class SamplingOptions(Section):
 
 SECTIONS: tuple[type[Section], ...] = (DataOptions, ModelOptions, TrainingOptions, WatchOptions)
 
+TRAINED_HERE = ("bpe", "char")
+"""Values of `tokenizer` that mean: train one on the training text."""
+
 REGIMES: dict[str, dict[str, Any]] = {
     "scratch": {
         "epochs": 3,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -24,6 +24,7 @@ from seedbed.config.options import (
 from seedbed.errors import ConfigError, did_you_mean
 
 FLAGS = "the command line"
+S = TypeVar("S", bound=Section)
 NOT_CHOSEN = ("default", "preset", "regime")
 
 
@@ -116,6 +117,19 @@ def read_config_file(name: str) -> Layer:
     return Layer(name, {key.replace("-", "_"): value for key, value in values.items()}, origins)
 
 
+def read_section(section: type[S], values: Mapping[str, Any], source: str) -> S:
+    """One section from values that came from `source`.
+
+    Raises:
+        ConfigError: every value that is wrong, and every unknown name.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        sources = dict.fromkeys(values, source)
+        raise ConfigError([_explain(detail, values, sources) for detail in error.errors()]) from None
+
+
 def preset_names() -> list[str]:
     """Names of the shipped presets, smallest model first."""
     return ["tiny", "small", "medium", "distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "demo"]
@@ -200,9 +214,8 @@ def _is_number(section: type[Section], name: str) -> bool:
 
 def _explain(detail: Any, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     name = str(detail["loc"][0])
-    message = str(detail["msg"])
-    expected = message[0].lower() + message[1:].replace("Input should be ", "").replace("input should be ", "")
-    expected = expected.removeprefix("input should be ")
+    message = str(detail["msg"]).removeprefix("Input should be ")
+    expected = message[0].lower() + message[1:].replace("input should be ", "")
     return f"{where(name, values.get(name), sources.get(name, 'default'))}: expected {expected}"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from seedbed.config import DataOptions, TextOptions
+from seedbed.config import TRAINED_HERE, DataOptions, TextOptions
 from seedbed.data import PackedRows, PaddedRows, Source, Store, held_out, open_source, open_store
 from seedbed.data.store import digest
 from seedbed.errors import ConfigError, DataError
@@ -18,7 +18,6 @@ from seedbed.text.tokenizer import Tokenizer, train_bpe, train_char
 from seedbed.train.job import Rows, Validation
 from seedbed.train.progress import Display
 
-TRAINED_HERE = ("bpe", "char")
 LARGEST_DEFAULT_VOCAB = 8000
 
 
@@ -31,12 +30,13 @@ class Texts:
     val_split: float
 
     @property
-    def shares_documents(self) -> bool:
-        return self.validation is None and self.val_split > 0
+    def hold_out(self) -> bool:
+        """Whether anything is kept for validation."""
+        return self.validation is not None or self.val_split > 0
 
     def training_documents(self) -> Iterator[str]:
         """The documents that may be learnt from, by tokenizers too."""
-        if not self.shares_documents:
+        if self.validation is not None or not self.val_split:
             return self.train.documents()
         return compress(self.train.documents(), ~self._held_out())
 

@@ -244,7 +244,8 @@ class Loop:
             loss = validation_loss(job, request, self.display)
             if loss is None:
                 return False
-            improved = math.isfinite(loss) and loss < (state.best_val_loss or math.inf)
+            best = math.inf if state.best_val_loss is None else state.best_val_loss
+            improved = loss < best
             state.val_loss = loss if math.isfinite(loss) else None
             if state.val_loss is not None:
                 self.write({"val_loss": loss, "val_ppl": perplexity(loss)})

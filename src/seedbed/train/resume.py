@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +131,8 @@ def _destination(config: Config) -> Path:
     path = Path("runs") / f"{text}-{Path(config.model.model).name}"
     if not _begun(path):
         return path
-    free = _next_free(path)
-    number = int(free.name.rpartition("-")[2]) - 1
-    newest = path.with_name(f"{path.name}-{number}") if number > 1 else path
-    return free if _finished(newest) or not config.watching.resume else newest
+    *_, newest = takewhile(Path.exists, _numbered(path))
+    return _next_free(path) if _finished(newest) or not config.watching.resume else newest
 
 
 def _begun(path: Path) -> bool:
@@ -144,7 +144,10 @@ def _finished(path: Path) -> bool:
 
 
 def _next_free(path: Path) -> Path:
-    number = 2
-    while path.with_name(f"{path.name}-{number}").exists():
-        number += 1
-    return path.with_name(f"{path.name}-{number}")
+    return next(candidate for candidate in _numbered(path) if not candidate.exists())
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    """`path`, `path-2`, `path-3`, ..."""
+    yield path
+    yield from (path.with_name(f"{path.name}-{number}") for number in count(2))
