@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ TABLE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 
 CHUNK_BYTES = 2**18
 
+Row = dict[str, Any]
+"""A row of a table: values by the names of their columns."""
+
 
 def read_documents(path: Path, text_column: str, document: str) -> Iterator[str]:
     """The documents of one file: pieces of a text (`documents.split_documents`), or rows of a table."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return read_parquet(path, text_column)
+        return read_parquet_texts(path, text_column)
     if suffix in JSON_SUFFIXES:
-        return read_json_rows(path, text_column)
+        return (_text_of_row(row, text_column, where) for where, row in read_json_rows(path))
     return split_documents(read_text(path), document, path.stat().st_size)
 
 
@@ -93,35 +97,51 @@ def _refuse_encoding(path: Path, error: UnicodeDecodeError, offset: int, line: i
     ) from None
 
 
-def read_json_rows(path: Path, text_column: str) -> Iterator[str]:
-    """The text column of a file with one JSON object a line (or of one JSON array of objects).
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Every row of a table with all its columns, and where it is, for messages.
 
-    Raises DataError with the line of a row that is not JSON, not an object, or has no text in that column.
+    Raises DataError for a damaged file or row, MissingExtra for a Parquet file without pyarrow.
+    """
+    if path.suffix.lower() == ".parquet":
+        return read_parquet_rows(path)
+    return read_json_rows(path)
+
+
+def read_json_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """The objects of a file with one JSON object a line (or of one JSON array of objects), and where each is.
+
+    Raises DataError with the line of a row that is not JSON or not an object.
     """
     lines = split_lines(read_text(path), longest=2**63)
     for number, line in enumerate(lines, start=1):
         if line.isspace():
             continue
         if number == 1 and line.lstrip().startswith("["):
-            yield from _read_json_array(path, line + "".join(lines), text_column)
+            yield from _read_json_array(path, line + "".join(lines))
             return
         try:
             row = json.loads(line)
         except ValueError as error:
             raise DataError(
                 f"{path}, line {number} is not a JSON object: {_json_reason(error)}. "
-                "Each line must be one row, like {" + f'"{text_column}": "..."' + "}; correct or remove that line"
+                'Each line must be one row, like {"text": "..."}; correct or remove that line'
             ) from None
-        yield _text_of_row(row, text_column, f"{path}, line {number}")
+        yield _row(row, f"{path}, line {number}")
 
 
-def _read_json_array(path: Path, content: str, text_column: str) -> Iterator[str]:
+def _read_json_array(path: Path, content: str) -> Iterator[tuple[str, Row]]:
     try:
         rows = json.loads(content)
     except ValueError as error:
         raise DataError(f"{path} is not a JSON array: {_json_reason(error)}; correct it there") from None
     for number, row in enumerate(rows, start=1):
-        yield _text_of_row(row, text_column, f"{path}, row {number}")
+        yield _row(row, f"{path}, row {number}")
+
+
+def _row(row: Any, where: str) -> tuple[str, Row]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is a {type(row).__name__}, not an object with named columns")
+    return where, row
 
 
 def _json_reason(error: ValueError) -> str:
@@ -131,19 +151,18 @@ def _json_reason(error: ValueError) -> str:
     return str(error)
 
 
-def _text_of_row(row: Any, text_column: str, where: str) -> str:
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is a {type(row).__name__}, not an object with a column {text_column!r}")
+def _text_of_row(row: Row, text_column: str, where: str) -> str:
     if text_column not in row:
         columns = ", ".join(map(str, row)) or "none"
         raise DataError(f"{where} has no column {text_column!r}; it has: {columns}. Name one with --text_column")
     text = row[text_column]
     if not isinstance(text, str):
         raise DataError(f"{where}: column {text_column!r} holds a {type(text).__name__}, and text is expected")
-    return _clean(text, where)
+    return clean_text(text, where)
 
 
-def _clean(text: str, where: str) -> str:
+def clean_text(text: str, where: str) -> str:
+    r"""The text with \n for every \r\n. Raises DataError when it is not valid Unicode."""
     if not text.isascii():
         try:
             text.encode()
@@ -155,18 +174,24 @@ def _clean(text: str, where: str) -> str:
     return text.replace("\r\n", "\n")
 
 
-def read_parquet(path: Path, text_column: str) -> Iterator[str]:
+def read_parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Every row of a Parquet file, and where it is. Raises as `read_parquet_texts`."""
+    with _open_parquet(path) as file:
+        number = 0
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+
+
+def read_parquet_texts(path: Path, text_column: str) -> Iterator[str]:
     """The text column of a Parquet file; a missing value is no document.
 
     Raises MissingExtra without pyarrow, DataError for a damaged file or a column that is absent or not text.
     """
-    try:
+    with _open_parquet(path) as file:
         import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtra("Parquet files", "parquet") from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
+
         schema = file.schema_arrow
         if text_column not in schema.names:
             raise DataError(
@@ -179,5 +204,18 @@ def read_parquet(path: Path, text_column: str) -> Iterator[str]:
             for text in batch.column(0).to_pylist():
                 if text is not None:
                     yield text.replace("\r\n", "\n")
+
+
+@contextmanager
+def _open_parquet(path: Path) -> Iterator[Any]:
+    """A pyarrow.parquet.ParquetFile, its errors made ours."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtra("Parquet files", "parquet") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
 
+from seedbed.data.conversations import FORMATS, detect_format, read_conversations
 from seedbed.data.documents import RULES
 from seedbed.data.files import (
     JSON_SUFFIXES,
@@ -25,11 +26,15 @@ from seedbed.errors import ConfigError, DataError, did_you_mean
 @final
 @dataclass(frozen=True)
 class Source:
-    """Documents that can be read again and again, in the same order. Made by `open_source`."""
+    """Documents that can be read again and again, in the same order. Made by `open_source`.
+
+    A document is a text or, in every format but `text`, a conversation (`conversations.from_document`).
+    """
 
     name: str
     split: str
     splits: tuple[str, ...]
+    format: str
     _read: Callable[[], Iterator[str]] = field(repr=False)
     _hash: Callable[[], str] = field(repr=False)
     _size: Callable[[], int] = field(repr=False)
@@ -57,9 +62,20 @@ class Source:
         """Whether its makers published such a split, to be opened with `open_source(spec, split=name)`."""
         return name in self.splits
 
+    def derived(self, documents: Callable[[], Iterator[str]], facts: str) -> Source:
+        """A source of documents made from these; `facts` (this fingerprint among them) say all that decides them."""
+        fingerprint = hashlib.sha256(f"derived 1\n{facts}".encode()).hexdigest()
+        return replace(self, _read=documents, _hash=lambda: fingerprint)
+
 
 def open_source(
-    spec: str, *, text_column: str = "text", document: str = "auto", split: str = "train", flag: str = "--data"
+    spec: str,
+    *,
+    text_column: str = "text",
+    document: str = "auto",
+    split: str = "train",
+    flag: str = "--data",
+    format: str = "auto",
 ) -> Source:
     """Open a file, a folder (all its text files), a glob or a named source.
 
@@ -67,6 +83,7 @@ def open_source(
     document: where text files are cut, one of `documents.RULES`.
     split: for named sources that have official ones.
     flag: which option `spec` was given with, for messages.
+    format: what the files hold, one of `conversations.FORMATS`; `auto` looks at the beginning of each.
 
     Raises DataError when there is nothing to read or it is not text (the text itself is checked as it is
     read), ConfigError for an impossible option, MissingExtra when a library is needed.
@@ -75,7 +92,11 @@ def open_source(
         raise ConfigError(
             f"--document {document} is unknown{did_you_mean(document, RULES)}; expected {', '.join(RULES)}"
         )
+    if format not in FORMATS:
+        raise ConfigError(f"--format {format} is unknown{did_you_mean(format, FORMATS)}; expected {', '.join(FORMATS)}")
     if spec in NAMED and not Path(spec).exists():
+        if format not in ("auto", "text"):
+            raise ConfigError(f"--format {format} is for files; {spec} is text")
         return _open_named(spec, document, split)
     if split != "train":
         raise ConfigError(f"{spec} has no split {split!r}: only named sources have official splits. Use --val_data")
@@ -84,30 +105,50 @@ def open_source(
         refuse_if_not_text(path)
     if document != "auto" and all(path.suffix.lower() in TABLE_SUFFIXES for path in paths):
         raise ConfigError(f"--document {document} is for text files; in {spec} each row is a document")
+    resolved = _common_format(spec, paths, text_column) if format == "auto" else format
+    if document != "auto" and resolved != "text":
+        raise ConfigError(f"--document {document} is for text; in {spec} each conversation ({resolved}) is a document")
+
+    def documents(path: Path) -> Iterator[str]:
+        if resolved == "text":
+            return read_documents(path, text_column, document)
+        return read_conversations(path, resolved)
+
     return Source(
         name=spec,
         split=split,
         splits=("train",),
-        _read=lambda: (text for path in paths for text in read_documents(path, text_column, document)),
-        _hash=lambda: _hash_files(paths, text_column, document),
+        format=resolved,
+        _read=lambda: (document for path in paths for document in documents(path)),
+        _hash=lambda: _hash_files(paths, text_column, document, resolved),
         _size=lambda: sum(path.stat().st_size for path in paths),
     )
 
 
 def open_whole(
-    spec: str, *, text_column: str = "text", document: str | None = None, split: str | None = None
+    spec: str,
+    *,
+    text_column: str = "text",
+    document: str | None = None,
+    split: str | None = None,
+    format: str = "auto",
 ) -> Source:
     """A source to measure a model on: a text file is one document, unless `document` says otherwise.
 
-    Rows of tables and the documents of named sources are what they are; of a named source's splits `test` is
-    taken, else `validation`, else `train`. Raises as `open_source` does.
+    Conversations, rows of tables and the documents of named sources are what they are; of a named source's
+    splits `test` is taken, else `validation`, else `train`. Raises as `open_source` does.
     """
     if spec in NAMED and not Path(spec).exists():
         best = next(name for name in ("test", "validation", "train") if name in NAMED[spec].splits)
-        return open_source(spec, document=document or "auto", split=split or best)
-    tables = all(path.suffix.lower() in TABLE_SUFFIXES for path in _find_files(spec, "--data"))
-    rule = document or ("auto" if tables else "file")
-    return open_source(spec, text_column=text_column, document=rule, split=split or "train")
+        return open_source(spec, document=document or "auto", split=split or best, format=format)
+    paths = _find_files(spec, "--data")
+    for path in paths:
+        refuse_if_not_text(path)
+    if format == "auto":
+        format = _common_format(spec, paths, text_column)
+    in_pieces = format != "text" or all(path.suffix.lower() in TABLE_SUFFIXES for path in paths)
+    rule = document or ("auto" if in_pieces else "file")
+    return open_source(spec, text_column=text_column, document=rule, split=split or "train", format=format)
 
 
 def from_texts(texts: Sequence[str], name: str = "texts") -> Source:
@@ -116,6 +157,7 @@ def from_texts(texts: Sequence[str], name: str = "texts") -> Source:
         name=name,
         split="train",
         splits=("train",),
+        format="text",
         _read=lambda: iter(texts),
         _hash=lambda: _hash_texts(texts),
         _size=lambda: sum(len(text.encode()) for text in texts),
@@ -135,10 +177,22 @@ def _open_named(name: str, document: str, split: str) -> Source:
         name=name,
         split=split,
         splits=tuple(named.splits),
+        format="text",
         _read=documents,
         _hash=lambda: _hash_texts(documents()),
         _size=lambda: sum(len(text.encode()) for text in documents()),
     )
+
+
+def _common_format(spec: str, paths: Sequence[Path], text_column: str) -> str:
+    """The format of all files, found by looking into each."""
+    first_of: dict[str, Path] = {}
+    for path in paths:
+        first_of.setdefault(detect_format(path, text_column), path)
+    if len(first_of) > 1:
+        found = ", ".join(f"{path} is {format}" for format, path in first_of.items())
+        raise DataError(f"the files of {spec} differ: {found}. Give files of one kind, or say which with --format")
+    return next(iter(first_of))
 
 
 def _find_files(spec: str, flag: str) -> list[Path]:
@@ -174,12 +228,12 @@ def _missing(spec: str, path: Path, flag: str) -> str:
     return f"{flag} {spec}: there is no such file or named source{hint}"
 
 
-def _hash_files(paths: Sequence[Path], text_column: str, document: str) -> str:
-    total = hashlib.sha256(b"files 1")
+def _hash_files(paths: Sequence[Path], text_column: str, document: str, format: str) -> str:
+    total = hashlib.sha256(b"files 1" if format == "text" else f"conversations 1 {format}".encode())
     for path in paths:
         suffix = path.suffix.lower()
         kind = "json" if suffix in JSON_SUFFIXES else suffix if suffix in TABLE_SUFFIXES else "text"
-        option = document if kind == "text" else text_column
+        option = "" if format != "text" else document if kind == "text" else text_column
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"\n{kind} {option} {content}".encode())

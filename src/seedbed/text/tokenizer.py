@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, final
 
@@ -46,6 +47,9 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+
+# Code points that Unicode reserves for the inside of a program.
+BOUNDARY = "\ufdd0\ufdd1\ufdd0"
 
 # The library makes an object per token while it encodes, so a call is given a few megabytes at most.
 BATCH_CHARS = 2**21
@@ -141,6 +145,7 @@ class Tokenizer:
         eos_token: str,
         bos_token: str | None = None,
         files: dict[str, str] | None = None,
+        stop_ids: Iterable[int] = (),
     ) -> None:
         # Whatever the file says about limits and padding belongs to some other program's batches.
         backend.no_truncation()
@@ -155,6 +160,8 @@ class Tokenizer:
         self.bos_token = bos_token
         self.eos_id: int = eos_id
         self.bos_id: int | None = None if bos_token is None else backend.token_to_id(bos_token)
+        self.stop_ids: frozenset[int] = frozenset([eos_id, *stop_ids])
+        """Every token at which the model's makers end a text: eos and those of generation_config.json."""
 
     @cached_property
     def vocab_size(self) -> int:
@@ -167,6 +174,63 @@ class Tokenizer:
         """SHA-256 of the canonical tokenizer.json, in hexadecimal."""
         return hashlib.sha256(self._backend.to_str(pretty=False).encode()).hexdigest()
 
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """The texts of all special tokens."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special) | set(self.special_tokens_map.values())
+
+    @cached_property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The special tokens that have a name: eos_token and, where the tokenizer has them, bos, unk and pad."""
+        found = {"eos_token": self.eos_token}
+        if self.bos_token is not None:
+            found["bos_token"] = self.bos_token
+        for name in ("unk_token", "pad_token"):
+            token = _token_text(self._saved("tokenizer_config.json").get(name)) or _token_text(
+                self._saved("special_tokens_map.json").get(name)
+            )
+            if token is not None and self._backend.token_to_id(token) is not None:
+                found[name] = token
+        return found
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the tokenizer's own chat template; of several named ones, `default`."""
+        if "chat_template.jinja" in self._files:
+            return self._files["chat_template.jinja"]
+        template = self._saved("tokenizer_config.json").get("chat_template")
+        if isinstance(template, list):
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
+
+    def with_tokens(self, tokens: Sequence[str], eos_token: str | None = None) -> Tokenizer:
+        """The same tokenizer with these special tokens as well; new ids follow the last, known tokens keep theirs.
+
+        eos_token: which token ends a text from now on; it must be known or among `tokens`.
+        """
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
+        eos_token = eos_token or self.eos_token
+        files = dict(self._files)
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if name in files:
+                settings = self._saved(name) | {"eos_token": eos_token}
+                if "added_tokens_decoder" in settings:
+                    settings["added_tokens_decoder"] |= _added_tokens(backend, tokens)
+                files[name] = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        return Tokenizer(backend, eos_token, self.bos_token, files, self.stop_ids)
+
+    def with_chat_template(self, source: str) -> Tokenizer:
+        """The same tokenizer, which is saved with this chat template in place of its own."""
+        files = dict(self._files)
+        settings = self._saved("tokenizer_config.json")
+        if settings.pop("chat_template", None) is not None:
+            files["tokenizer_config.json"] = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        files["chat_template.jinja"] = source
+        return Tokenizer(self._backend, self.eos_token, self.bos_token, files, self.stop_ids)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, and only of the text: nothing is added at either end."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
@@ -175,6 +239,76 @@ class Tokenizer:
         """Token ids of each text, computed on all cores."""
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_with_special_tokens(
+        self, text: str, literal: Sequence[int] = ()
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text whose special tokens count as such, and the characters (from, to) of each token.
+
+        literal: places in the text; a special token's name across one of them is text like any other.
+        """
+        if not literal:
+            encoding = self._recognising.encode(text, add_special_tokens=False)
+            return encoding.ids, encoding.offsets
+        characters = list(text)
+        for place in literal:
+            characters[place - 1] = "\ufffd"  # only so that the special tokens that do count are found
+        masked = "".join(characters)
+        encoding = self._recognising.encode(masked, add_special_tokens=False)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        section: list[tuple[int, tuple[int, int]]] = []  # tokens since the last special one
+        start = 0
+        for token, (begin, end) in [*zip(encoding.ids, encoding.offsets, strict=True), (-1, (len(text), len(text)))]:
+            is_special = masked[begin:end].strip() in self.special_tokens
+            if not is_special and token >= 0:
+                section.append((token, (begin, end)))
+                continue
+            if cuts := [place for place in literal if start < place <= begin]:
+                section = self._encode_literally(text, start, begin)
+                if any(text[first:last].strip() in self.special_tokens for _, (first, last) in section):
+                    # The vocabulary can spell the name as that very token, unless it is cut.
+                    pieces = pairwise([start, *cuts, begin])
+                    section = [token for piece in pieces for token in self._encode_literally(text, *piece)]
+            if is_special:
+                section.append((token, (begin, end)))
+            ids += [token for token, _ in section]
+            offsets += [span for _, span in section]
+            section, start = [], end
+        return ids, offsets
+
+    def _encode_literally(self, text: str, start: int, end: int) -> list[tuple[int, tuple[int, int]]]:
+        """Tokens of a part of the text without special ones, as they are where they stand."""
+        # Some tokenizers add a space where a text begins; a token before the part shows that it does not begin here.
+        before = BOUNDARY if start else ""
+        encoding = self._literal.encode(before + text[start:end], add_special_tokens=False)
+        first, shift = (1 if start else 0), start - len(before)
+        moved = [(begin + shift, end + shift) for begin, end in encoding.offsets[first:]]
+        return list(zip(encoding.ids[first:], moved, strict=True))
+
+    @cached_property
+    def _recognising(self) -> tokenizers.Tokenizer:
+        """A copy that finds special tokens in a text."""
+        backend = self._copy()
+        backend.encode_special_tokens = False
+        return backend
+
+    @cached_property
+    def _literal(self) -> tokenizers.Tokenizer:
+        """A copy that finds none, but one more token, `BOUNDARY`."""
+        backend = self._copy()
+        backend.encode_special_tokens = True
+        backend.add_tokens([AddedToken(BOUNDARY, normalized=False)])
+        return backend
+
+    def _copy(self) -> tokenizers.Tokenizer:
+        """A copy whose offsets are those of the text, and which has all special tokens that the settings name."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.post_processor = None  # GPT-2's takes white space out of the offsets
+        known = {token.content for token in backend.get_added_tokens_decoder().values()}
+        missing = sorted(set(self.special_tokens_map.values()) - known)
+        backend.add_special_tokens([AddedToken(token, normalized=False) for token in missing])
+        return backend
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
@@ -189,6 +323,11 @@ class Tokenizer:
         backend = {"tokenizer.json": self._backend.to_str(pretty=True)}
         for name, content in (backend | {"tokenizer_config.json": self._settings()} | self._files).items():
             (folder / name).write_text(content, encoding="utf-8")
+
+    def _saved(self, name: str) -> dict[str, Any]:
+        """One of the settings files that the tokenizer was loaded with; empty when there was none."""
+        content: dict[str, Any] = json.loads(self._files.get(name, "{}"))
+        return content
 
     def _settings(self) -> str:
         settings: dict[str, Any] = {
@@ -225,7 +364,8 @@ class Tokenizer:
         )
         if bos_token is not None and backend.token_to_id(bos_token) is None:
             bos_token = None
-        return Tokenizer(backend, eos_token, bos_token, _files_to_keep(folder))
+        stop_ids = [i for i in _eos_ids(settings["generation_config.json"]) if backend.id_to_token(i) is not None]
+        return Tokenizer(backend, eos_token, bos_token, _files_to_keep(folder), stop_ids)
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
@@ -333,12 +473,22 @@ def _find_eos(backend: tokenizers.Tokenizer, settings: dict[str, dict[str, Any]]
         _token_text(settings[name].get("eos_token")) for name in ("tokenizer_config.json", "special_tokens_map.json")
     ]
     for name in ("generation_config.json", "config.json"):
-        ids = settings[name].get("eos_token_id")
-        ids = ids if isinstance(ids, list) else [ids]
-        candidates += [backend.id_to_token(i) for i in ids[:1] if isinstance(i, int)]
+        candidates += [backend.id_to_token(i) for i in _eos_ids(settings[name])[:1]]
     candidates += COMMON_EOS
     known = (token for token in candidates if token and backend.token_to_id(token) is not None)
     return next(known, None)
+
+
+def _eos_ids(settings: dict[str, Any]) -> list[int]:
+    """`eos_token_id` of a model's settings: one id, a list of them, or nothing."""
+    ids = settings.get("eos_token_id")
+    return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and i >= 0]
+
+
+def _added_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """These tokens as `added_tokens_decoder` of tokenizer_config.json lists them."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {str(backend.token_to_id(token)): {"content": token, **flags} for token in tokens}
 
 
 def _token_text(token: object) -> str | None:

@@ -138,8 +138,25 @@ def test_the_fingerprint_is_of_the_content_and_the_options(tmp_path: Path) -> No
     assert open_source(str(write(tmp_path / "b.txt", "one\n\ntwo\n"))).fingerprint() == first
     assert open_source(str(path), document="line").fingerprint() != first
     assert open_source(str(write(tmp_path / "c.txt", "one\n\ntwo!\n"))).fingerprint() != first
-    assert open_source(str(write(tmp_path / "a.jsonl", "one\n\ntwo\n"))).fingerprint() != first
+    assert open_source(str(write(tmp_path / "a.jsonl", '{"text": "one\\n\\ntwo"}'))).fingerprint() != first
     assert from_texts(["ab", "c"]).fingerprint() != from_texts(["a", "bc"]).fingerprint()
+
+
+def test_a_derived_source_has_other_documents_and_its_own_fingerprint(tmp_path: Path) -> None:
+    source = open_source(str(write(tmp_path / "a.txt", "one\n\ntwo\n")), document="blank_line")
+    shouted = source.derived(lambda: (text.upper() for text in source.documents()), f"upper {source.fingerprint()}")
+    assert list(shouted.documents()) == ["ONE", "TWO"]
+    assert (shouted.format, shouted.name, shouted.num_bytes) == (source.format, source.name, source.num_bytes)
+    assert len({source.fingerprint(), shouted.fingerprint(), source.derived(shouted.documents, "x").fingerprint()}) == 3
+
+
+def test_the_fingerprint_of_a_text_does_not_change_with_the_program(tmp_path: Path) -> None:
+    """Stores in users' caches are found by it."""
+    write(tmp_path / "a.txt", "one\n\ntwo\n")
+    write(tmp_path / "b.jsonl", '{"text": "three"}\n')
+    assert open_source(str(tmp_path)).fingerprint() == (
+        "92069e3fca06f019ba58130e3478ddc52fc7ef1f123bbd92e8a7a3818acf1944"
+    )
 
 
 def test_options_that_cannot_be(tmp_path: Path) -> None:

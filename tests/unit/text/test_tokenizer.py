@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import tokenizers
 
 from seedbed.errors import CheckpointError, ConfigError, DataError, MissingExtra
 from seedbed.text import Tokenizer, bytes_per_token, train_bpe, train_char
-from seedbed.text.tokenizer import batches_of_text
+from seedbed.text.tokenizer import END_OF_TEXT, batches_of_text
 
 TEXTS = [
     "The store keeps its tokens on the disk, and the rows read them from there.\n",
@@ -202,6 +203,125 @@ def test_a_hub_id_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtra, match=r"seedbed\[hub\]"):
         Tokenizer.load("some-owner/some-model")
+
+
+def test_special_tokens_are_recognised_where_that_is_asked_for(tokenizer: Tokenizer) -> None:
+    text = "naïve <|endoftext|> 😀\n<|endoftext|>"
+    ids, offsets = tokenizer.encode_with_special_tokens(text)
+    assert ids == [
+        *tokenizer.encode("naïve "),
+        tokenizer.eos_id,
+        *tokenizer.encode(" 😀\n"),
+        tokenizer.eos_id,
+    ]
+    assert [text[begin:end] for token, (begin, end) in zip(ids, offsets, strict=True) if token == 0] == [
+        END_OF_TEXT
+    ] * 2
+    place = text.index(END_OF_TEXT) + 1
+    ids, offsets = tokenizer.encode_with_special_tokens(text, [place])
+    assert ids == [*tokenizer.encode("naïve <|endoftext|> 😀\n"), tokenizer.eos_id]
+    assert (offsets[0][0], offsets[-1]) == (0, (len(text) - len(END_OF_TEXT), len(text)))
+    assert all(before <= after for (before, _), (after, _) in pairwise(offsets))
+    assert tokenizer.encode_with_special_tokens("") == ([], [])
+
+
+def test_white_space_keeps_its_place_whatever_the_file_says() -> None:
+    """GPT-2's post-processor takes it out of the offsets of a token."""
+    tokenizer = train_bpe(TEXTS, 320)
+    tokenizer._backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    text = "a\n\n b<|endoftext|>\n"
+    _, offsets = tokenizer.encode_with_special_tokens(text)
+    assert "".join(text[begin:end] for begin, end in offsets) == text
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_name_as_text_in_the_middle_begins_no_new_text(scheme: str) -> None:
+    """SentencePiece's way puts a space before a text, and some tokenizers do so only at its very beginning."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    backend.train_from_iterator([*TEXTS, "</s>"], trainer)
+    tokenizer = Tokenizer(backend, "</s>", "<s>")
+    text = "<s>The </s> store</s>The"
+    ids, offsets = tokenizer.encode_with_special_tokens(text, [text.index("</s>") + 1])
+    plain, _ = tokenizer.encode_with_special_tokens("<s>The x store</s>The")
+    assert (ids[0], ids.count(tokenizer.eos_id)) == (tokenizer.bos_id, 1)
+    assert ids[ids.index(tokenizer.eos_id) :] == plain[plain.index(tokenizer.eos_id) :]
+    assert ids[:2] == plain[:2]
+    assert "".join(dict.fromkeys(text[begin:end] for begin, end in offsets if begin < 3)) == "<s>"
+
+
+def test_tokens_are_added_after_the_last(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    size = tokenizer.vocab_size
+    grown = tokenizer.with_tokens(["<|a|>", END_OF_TEXT, "<|b|>"], eos_token="<|b|>")
+    assert (grown.vocab_size, tokenizer.vocab_size) == (size + 2, size)
+    assert grown.encode_with_special_tokens("<|a|><|b|><|endoftext|>")[0] == [size, size + 1, 0]
+    assert (grown.eos_id, grown.stop_ids) == (size + 1, frozenset({0, size + 1}))
+    assert grown.special_tokens == {"<|a|>", "<|b|>", END_OF_TEXT}
+    assert grown.encode(TEXTS[1] + "<|a|>") == tokenizer.encode(TEXTS[1] + "<|a|>")
+    assert grown.fingerprint != tokenizer.fingerprint
+    grown.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.fingerprint, loaded.eos_token) == (grown.fingerprint, "<|b|>")
+
+
+def test_added_tokens_are_in_all_settings(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train_bpe(TEXTS, 300).save(first)
+    listed = {"0": {"content": END_OF_TEXT, "special": True}}
+    settings = {"eos_token": {"content": END_OF_TEXT}, "added_tokens_decoder": listed, "custom": 1}
+    (first / "tokenizer_config.json").write_text(json.dumps(settings))
+    (first / "special_tokens_map.json").write_text(json.dumps({"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}))
+    Tokenizer.load(first).with_tokens(["<|b|>"], eos_token="<|b|>").save(second)
+    saved = json.loads((second / "tokenizer_config.json").read_text())
+    assert (saved["eos_token"], saved["custom"]) == ("<|b|>", 1)
+    assert {place: token["content"] for place, token in saved["added_tokens_decoder"].items()} == {
+        "0": END_OF_TEXT,
+        "300": "<|b|>",
+    }
+    again = json.loads((second / "special_tokens_map.json").read_text())
+    assert again == {"eos_token": "<|b|>", "pad_token": END_OF_TEXT}
+    assert Tokenizer.load(second).special_tokens_map == {"eos_token": "<|b|>", "pad_token": END_OF_TEXT}
+
+
+def test_where_a_chat_template_is(tmp_path: Path) -> None:
+    tokenizer = train_bpe(TEXTS, 300)
+    assert tokenizer.chat_template is None
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    for template, expected in [
+        ("one", "one"),
+        ([{"name": "tool_use", "template": "two"}, {"name": "default", "template": "three"}], "three"),
+        ([{"name": "tool_use", "template": "two"}], None),
+        (None, None),
+    ]:
+        path.write_text(json.dumps({"eos_token": END_OF_TEXT, "chat_template": template}))
+        assert Tokenizer.load(tmp_path).chat_template == expected
+    path.write_text(json.dumps({"eos_token": END_OF_TEXT, "chat_template": "one"}))
+    (tmp_path / "chat_template.jinja").write_text("four")
+    assert Tokenizer.load(tmp_path).chat_template == "four"
+
+
+def test_a_chat_template_takes_the_place_of_another(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train_bpe(TEXTS, 300).with_chat_template("new").save(first)
+    assert Tokenizer.load(first).chat_template == "new"
+    (first / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_TEXT, "chat_template": "old"}))
+    Tokenizer.load(first).with_chat_template("newer").with_tokens(["<|a|>"]).save(second)
+    assert Tokenizer.load(second).chat_template == "newer"
+    assert "chat_template" not in json.loads((second / "tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize(("ids", "expected"), [([3, 2, 99, "x"], {2, 3}), (3, {2, 3}), (None, {2})])
+def test_a_model_may_stop_at_several_tokens(tmp_path: Path, ids: object, expected: set[int]) -> None:
+    write_backend(tmp_path, ["</s>", "<x>"])
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.stop_ids == expected
+    assert tokenizer.with_chat_template("a").stop_ids == expected
 
 
 def test_bytes_per_token() -> None:
