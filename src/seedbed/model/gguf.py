@@ -1,0 +1,388 @@
+"""GGUF files, llama.cpp's format, into model folders of Hugging Face.
+
+A file holds metadata and named tensors, quantized or not; the package `gguf` reads and dequantizes them.
+Format and keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Tensors are converted one by one,
+so memory grows with the largest, not with the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from seedbed.errors import CheckpointError, ConfigError, MissingExtra
+from seedbed.model.config import DecoderConfig
+from seedbed.model.decoder import Decoder
+from seedbed.model.families import config_from_hf, config_to_hf, weight_names
+from seedbed.model.hub import Progress, new_folder
+from seedbed.model.weights import WEIGHTS_FILE
+from seedbed.text.gguf_tokenizer import tokenizer_from_gguf
+
+ARCHITECTURES: Final = ("gpt2", "llama", "qwen2", "qwen3")
+
+# Keys of the metadata, after the architecture's name, and of config.json.
+_LLAMA_KEYS: Final = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_LLAMA_OPTIONAL_KEYS: Final = {
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta",
+}
+_GPT2_KEYS: Final = {
+    "block_count": "n_layer",
+    "context_length": "n_positions",
+    "embedding_length": "n_embd",
+    "feed_forward_length": "n_inner",
+    "attention.head_count": "n_head",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
+}
+
+# The decoder's modules and GGUF's; queries, keys and values of GPT-2 are one tensor there, `attn_qkv`.
+_NAMES: Final = {
+    "embed_tokens": "token_embd",
+    "embed_positions": "position_embd",
+    "final_norm": "output_norm",
+    "lm_head": "output",
+    "attention_norm": "attn_norm",
+    "attention.q_proj": "attn_q",
+    "attention.k_proj": "attn_k",
+    "attention.v_proj": "attn_v",
+    "attention.o_proj": "attn_output",
+    "attention.q_norm": "attn_q_norm",
+    "attention.k_norm": "attn_k_norm",
+    "mlp_norm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+_SAFETENSORS_TYPES: Final = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """What a GGUF file says; its tensors stay on the disk until they are used."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Any]  # gguf.ReaderTensor by name
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was made of a GGUF file."""
+
+    config: DecoderConfig
+    num_parameters: int  # a tied head is not counted twice
+    quantization: dict[str, int]  # number of weights by their type in the file, the most frequent first
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One tensor of the folder and where it comes from."""
+
+    theirs: str  # Hugging Face's name
+    stored: str  # GGUF's name
+    shape: tuple[int, ...]  # in the file: (out, in) for a matrix
+    transposed: bool  # in the folder: (in, out)
+    num_heads: int | None  # of queries or keys whose rows are interleaved in the file
+
+
+def read_gguf(path: Path) -> GGUFFile:
+    """Open a GGUF file and read its metadata and list of tensors, a few seconds for a large vocabulary.
+
+    Raises:
+        MissingExtra: without the extra `gguf`.
+        ConfigError: there is no such file, or it is one of several parts, or big-endian.
+        CheckpointError: damaged, cut short, or no GGUF.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise MissingExtra("GGUF files", "gguf") from None
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file; expected a GGUF file")
+    try:
+        with path.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise CheckpointError(f"{path}: not a GGUF file: it does not begin with 'GGUF'")
+        reader = GGUFReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        num_parts = int(metadata.get("split.count", 1))
+    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: damaged or cut short ({error}); download it again") from None
+    if num_parts > 1:
+        raise ConfigError(f"{path}: one of {num_parts} parts; put them together first: llama-gguf-split --merge")
+    if reader.byte_order != "I":
+        raise ConfigError(f"{path}: its numbers are not in this machine's byte order; take a little-endian file")
+    return GGUFFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
+
+
+def import_gguf(
+    file: GGUFFile,
+    output: Path,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress = lambda _done, _total: None,
+) -> Imported:
+    """Write the model and tokenizer of a GGUF file as a model folder, which appears whole or not at all.
+
+    Args:
+        file: from `read_gguf`.
+        output: a folder that is not there yet, or empty.
+        dtype: of the weights written: float32, bfloat16 or float16.
+        progress: called with the bytes written and the bytes in all.
+
+    Raises:
+        ConfigError: a model, tokenizer or quantization that is not read (all reasons are listed); `output` is there.
+        CheckpointError: keys or tensors are missing, surplus or damaged.
+        StorageError: the disk is full or refuses.
+    """
+    config = config_from_gguf(file)
+    weights = _plan(config)
+    _require_weights(file, weights)
+    tokenizer = tokenizer_from_gguf(file.metadata, str(file.path))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{file.path}: {tokenizer.vocab_size} tokens, and embeddings for {config.vocab_size}; download it again"
+        )
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    with new_folder(output) as folder:
+        tokenizer.save(folder)
+        _write_json(folder / "config.json", config_to_hf(config, **ids, dtype=str(dtype).removeprefix("torch.")))
+        _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+        tensors = (_read_weight(file, weight, dtype) for weight in weights)
+        _write_safetensors(folder / WEIGHTS_FILE, weights, tensors, dtype, progress)
+    counts: Counter[str] = Counter()
+    for weight in weights:
+        counts[file.tensors[weight.stored].tensor_type.name] += math.prod(weight.shape)
+    return Imported(config, counts.total(), dict(counts.most_common()))
+
+
+def config_from_gguf(file: GGUFFile) -> DecoderConfig:
+    """The decoder that a GGUF file describes.
+
+    Raises:
+        ConfigError: an architecture, or a feature of one, that the decoder has not.
+        CheckpointError: keys are missing.
+    """
+    arch = file.metadata.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise ConfigError(
+            f"{file.path}: general.architecture {arch!r}: supported are {', '.join(ARCHITECTURES)} "
+            "(Mistral and SmolLM call themselves llama)"
+        )
+    required = _GPT2_KEYS if arch == "gpt2" else _LLAMA_KEYS
+    missing = [f"{arch}.{key}" for key in required if f"{arch}.{key}" not in file.metadata]
+    missing += ["token_embd.weight"] if "token_embd.weight" not in file.tensors else []
+    if missing:
+        raise CheckpointError(f"{file.path}: no {', '.join(missing)}; take another GGUF of this model")
+    raw: dict[str, Any] = {
+        "model_type": arch,
+        "vocab_size": _shape(file.tensors["token_embd.weight"])[0],
+        "tie_word_embeddings": _is_tied(file),
+    }
+    for key, theirs in (required if arch == "gpt2" else required | _LLAMA_OPTIONAL_KEYS).items():
+        if (value := file.metadata.get(f"{arch}.{key}")) is not None:
+            # A float32 there: 1e-5 is kept as 9.9999997e-06, and its shortest decimal is the author's number.
+            raw[theirs] = _shortest(value) if isinstance(value, float) else value
+    problems = [] if arch == "gpt2" else _add_llama_keys(raw, file, arch)
+    try:
+        config = config_from_hf(raw)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError([f"{file.path}: {problem}" for problem in problems])
+    return config
+
+
+def _add_llama_keys(raw: dict[str, Any], file: GGUFFile, arch: str) -> list[str]:
+    """What follows from several keys or from the tensors that are there; gives back what is not supported."""
+
+    def value(key: str) -> Any:
+        return file.metadata.get(f"{arch}.{key}")
+
+    problems = []
+    if value("expert_count"):
+        problems.append(f"{arch}.expert_count {value('expert_count')}: mixtures of experts are not supported")
+    window = value("attention.sliding_window")
+    if window and window != raw["max_position_embeddings"]:
+        problems.append(f"{arch}.attention.sliding_window {window}: attention that does not see all is not supported")
+    factors = file.tensors.get("rope_freqs.weight")
+    scaling = value("rope.scaling.type") or "none"
+    if scaling == "none" and factors is not None and not (factors.data == 1).all():
+        scaling = "llama3"
+    if scaling != "none":
+        raw["rope_scaling"] = {"rope_type": scaling}
+    if arch == "llama":
+        raw["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+        raw["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+    heads, width = raw["num_attention_heads"], raw["hidden_size"]
+    if "head_dim" not in raw and isinstance(heads, int) and isinstance(width, int) and heads > 0:
+        raw["head_dim"] = width // heads
+    turned = value("rope.dimension_count")
+    if turned is not None and turned != raw.get("head_dim"):
+        problems.append(f"{arch}.rope.dimension_count {turned}: supported is the whole head, {raw.get('head_dim')}")
+    return problems
+
+
+def _is_tied(file: GGUFFile) -> bool:
+    """True without a head of its own; files of GPT-2 may repeat the embedding as one."""
+    head, embedding = file.tensors.get("output.weight"), file.tensors["token_embd.weight"]
+    if head is None:
+        return True
+    return bool(head.tensor_type == embedding.tensor_type and (head.data == embedding.data).all())
+
+
+def _plan(config: DecoderConfig) -> list[_Weight]:
+    """Every tensor of the folder, in Hugging Face's order."""
+    with torch.device("meta"):
+        state = Decoder(config).state_dict()
+    interleaved = {"attention.q_proj": config.num_heads, "attention.k_proj": config.num_kv_heads}
+    weights = []
+    for name in weight_names(config):
+        prefix, module = _split(name.ours[0])
+        stored = "attn_qkv" if len(name.ours) > 1 else _NAMES[module]
+        for kind in ("weight", "bias"):
+            parts = [state[key] for ours in name.ours if (key := f"{ours}.{kind}") in state]
+            if parts:
+                shape = (sum(map(len, parts)), *parts[0].shape[1:])
+                heads = interleaved.get(module) if config.family == "llama" else None
+                transposed = name.transposed and len(shape) == 2
+                weights.append(_Weight(f"{name.theirs}.{kind}", f"{prefix}{stored}.{kind}", shape, transposed, heads))
+    return weights
+
+
+def _split(ours: str) -> tuple[str, str]:
+    """GGUF's prefix and the module inside the block.
+
+    >>> _split("blocks.3.mlp.up_proj"), _split("lm_head")
+    (('blk.3.', 'mlp.up_proj'), ('', 'lm_head'))
+    """
+    if not ours.startswith("blocks."):
+        return "", ours
+    _, block, module = ours.split(".", 2)
+    return f"blk.{block}.", module
+
+
+def _require_weights(file: GGUFFile, weights: list[_Weight]) -> None:
+    """Name every tensor that is missing, surplus or of the wrong shape, and every type that cannot be read."""
+    problems = []
+    for weight in weights:
+        tensor = file.tensors.get(weight.stored)
+        if tensor is None:
+            problems.append(f"{weight.stored} is missing")
+        elif _shape(tensor) != weight.shape:
+            problems.append(f"{weight.stored} has shape {list(_shape(tensor))}, expected {list(weight.shape)}")
+    known = {weight.stored for weight in weights} | {"output.weight", "rope_freqs.weight"}
+    problems += [f"{name} is not a weight of this model" for name in file.tensors if name not in known]
+    if problems:
+        raise CheckpointError(
+            f"{file.path}: the tensors do not fit its metadata; take another GGUF of this model\n  "
+            + "\n  ".join(problems)
+        )
+    types = {file.tensors[weight.stored].tensor_type for weight in weights}
+    if unreadable := sorted(kind.name for kind in types if not _can_dequantize(kind)):
+        raise ConfigError(
+            f"{file.path}: quantization {', '.join(unreadable)} is not read; take another file of this model, "
+            "such as Q8_0 or F16"
+        )
+
+
+def _can_dequantize(kind: Any) -> bool:
+    import numpy as np
+    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    _, num_bytes = GGML_QUANT_SIZES[kind]
+    try:
+        dequantize(np.zeros((1, num_bytes), dtype=np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _read_weight(file: GGUFFile, weight: _Weight, dtype: torch.dtype) -> Tensor:
+    """One tensor as the folder holds it."""
+    import numpy as np
+    from gguf.quants import dequantize
+
+    stored = file.tensors[weight.stored]
+    values = np.array(dequantize(stored.data, stored.tensor_type), dtype=np.float32)
+    tensor = torch.from_numpy(values).reshape(weight.shape)  # (out, in) or (out,)
+    if weight.num_heads is not None:
+        tensor = _as_halves(tensor, weight.num_heads)
+    if weight.transposed:
+        tensor = tensor.T  # (in, out)
+    tensor = tensor.to(dtype).contiguous()
+    if not tensor.isfinite().all():
+        name = str(dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{file.path}: {weight.stored} holds numbers that {name} cannot; "
+            + ("take --dtype bfloat16" if dtype == torch.float16 else "download it again")
+        )
+    return tensor
+
+
+def _as_halves(tensor: Tensor, num_heads: int) -> Tensor:
+    """Rows of each head from llama.cpp's order to Hugging Face's, (out, ...) to the same.
+
+    Rotary positions turn the rows (2i, 2i + 1) together there, and (i, i + E/2) here, for heads of E rows.
+    """
+    pairs = tensor.view(num_heads, -1, 2, *tensor.shape[1:])  # (H, E/2, 2, ...)
+    return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+def _write_safetensors(
+    path: Path, weights: list[_Weight], tensors: Iterator[Tensor], dtype: torch.dtype, progress: Progress
+) -> None:
+    """A safetensors file tensor by tensor: length of the header, header, data (the library wants them all at once).
+
+    Format: https://github.com/huggingface/safetensors#format.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    total = 0
+    for weight in weights:
+        start, total = total, total + math.prod(weight.shape) * dtype.itemsize
+        shape = weight.shape[::-1] if weight.transposed else weight.shape
+        header[weight.theirs] = {
+            "dtype": _SAFETENSORS_TYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, total],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        done = 0
+        for tensor in tensors:
+            done += stream.write(tensor.flatten().view(torch.uint8).numpy().data)
+            progress(done, total)
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    """Rows first; GGUF counts the other way round."""
+    return tuple(int(size) for size in reversed(tensor.shape))
+
+
+def _shortest(value: float) -> float:
+    import numpy as np
+
+    return float(str(np.float32(value)))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
