@@ -1,6 +1,7 @@
 """Checkpoints on disk: a transformers model folder, and beside it in `seedbed/` what training needs to go on.
 
     NAME/config.json, model.safetensors, generation_config.json, tokenizer.json, ...
+    NAME/adapter_config.json, adapter_model.safetensors instead of the model's, where an adapter was trained
     NAME/seedbed/state.json             step, tokens, best value, patience, seconds used, ...
     NAME/seedbed/optimizer.safetensors  the optimizer's tensors by parameter name
     NAME/seedbed/manifest.json          size and SHA-256 of every other file; written last
@@ -15,7 +16,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from seedbed.adapter import CONFIG_FILE as ADAPTER_FILE
+from seedbed.adapter import base_name, load_adapter, save_adapter
 from seedbed.device import pick_device
 from seedbed.errors import CheckpointError, ConfigError, StorageError
-from seedbed.model.decoder import Decoder
-from seedbed.model.weights import load_decoder, save_decoder
+from seedbed.model.config import DecoderConfig
+from seedbed.model.decoder import Base, Decoder
+from seedbed.model.hub import find_pretrained
+from seedbed.model.weights import load_decoder, save_decoder, weights_fingerprint
 from seedbed.text.tokenizer import Tokenizer
 
 STATE = "seedbed/state.json"
@@ -46,19 +52,16 @@ def save_checkpoint(
     Raises:
         StorageError: the disk is full or refuses; `folder` is as it was before.
     """
-    temporary = _temporary(folder)
-    try:
-        (temporary / "seedbed").mkdir(parents=True)
-        save_decoder(model, temporary, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    with _written_whole(folder) as temporary:
+        (temporary / "seedbed").mkdir()
+        if model.adapter is None:
+            save_decoder(model, temporary, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+        else:
+            save_adapter(model, temporary)
         tokenizer.save(temporary)
         save_file(dict(optimizer), temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(state, indent=2, allow_nan=False), encoding="utf-8")
         _write_manifest(temporary)
-        _commit(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        raise _storage_error(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def link_checkpoint(source: Path, folder: Path, state: Mapping[str, Any]) -> None:
@@ -68,18 +71,12 @@ def link_checkpoint(source: Path, folder: Path, state: Mapping[str, Any]) -> Non
     Raises:
         StorageError: the disk is full or refuses; `folder` is as it was before.
     """
-    temporary = _temporary(folder)
-    try:
-        shutil.copytree(source, temporary, copy_function=_link_or_copy)
+    with _written_whole(folder) as temporary:
+        shutil.copytree(source, temporary, copy_function=_link_or_copy, dirs_exist_ok=True)
         for name in (STATE, MANIFEST):
             (temporary / name).unlink()
         (temporary / STATE).write_text(json.dumps(state, indent=2, allow_nan=False), encoding="utf-8")
         _write_manifest(temporary)
-        _commit(temporary, folder)
-    except (OSError, shutil.Error) as error:
-        raise _storage_error(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def damage(folder: Path) -> list[str]:
@@ -123,6 +120,11 @@ def newest_intact(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, remarks
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Whether a model's files are here, or an adapter's."""
+    return (folder / "config.json").is_file() or (folder / ADAPTER_FILE).is_file()
+
+
 def find_model(path: str | Path) -> Path:
     """The model folder meant by `path`: itself, or for a run folder its best, final or newest checkpoint.
 
@@ -131,17 +133,17 @@ def find_model(path: str | Path) -> Path:
         CheckpointError: a run without a checkpoint, or a folder without a model.
     """
     folder = Path(path)
-    if (folder / "config.json").is_file():
+    if is_model_folder(folder):
         return folder
     if not folder.is_dir():
         raise ConfigError(f"--model {path}: no such folder; expected a model folder, a checkpoint or a run")
     checkpoints = folder / "checkpoints"
     for name in ("best", "final"):
-        if (checkpoints / name / "config.json").is_file():
+        if is_model_folder(checkpoints / name):
             return checkpoints / name
     newest, remarks = newest_intact(checkpoints)
     if newest is None:
-        why = "; ".join(remarks) or "neither a config.json nor a run's checkpoints"
+        why = "; ".join(remarks) or f"neither a config.json, an {ADAPTER_FILE} nor a run's checkpoints"
         raise CheckpointError(f"{folder}: holds no model ({why})")
     return newest
 
@@ -149,25 +151,67 @@ def find_model(path: str | Path) -> Path:
 def load_model(path: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     """The model and tokenizer of a checkpoint, a run or a transformers folder, every byte of ours checked.
 
-    The model comes in float32, in evaluation mode, on `device` (as `--device` names it).
+    The model comes in float32, in evaluation mode, on `device` (as `--device` names it). The folder of an
+    adapter gives its base with the adapter on it, not merged, and the base's tokenizer if it has none itself.
 
     Raises:
-        CheckpointError: a damaged or incomplete folder.
+        CheckpointError: a damaged or incomplete folder, or an adapter whose base is missing or another one.
         ConfigError: no such folder, or a tokenizer with more tokens than the model.
     """
     folder = find_model(path)
-    if (folder / MANIFEST).is_file() and (problems := damage(folder)):
-        raise CheckpointError(f"{folder}: damaged: {'; '.join(problems)}")
-    model, tokenizer = load_decoder(folder), Tokenizer.load(folder)
-    require_match(model, tokenizer, str(folder))
+    _require_intact(folder)
+    if (folder / ADAPTER_FILE).is_file():
+        base = find_base(folder)
+        model = _load_base(base)
+        load_adapter(model, folder)
+        own = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+        tokenizer = Tokenizer.load(folder if own else base)
+    else:
+        model, tokenizer = load_decoder(folder), Tokenizer.load(folder)
+    require_match(model.config, tokenizer, str(folder))
     return model.to(pick_device(device)).eval(), tokenizer
 
 
-def require_match(model: Decoder, tokenizer: Tokenizer, name: str) -> None:
+def find_base(folder: Path) -> Path:
+    """The model folder of an adapter's base: where its config says, from here or from its own folder, or on the hub.
+
+    Raises:
+        CheckpointError: it is not there, or is an adapter itself.
+    """
+    name = base_name(folder)
+    there = next((path for path in (Path(name), folder / name) if path.is_dir()), None)
+    if there is None:
+        try:
+            there = find_pretrained(name, "base_model_name_or_path")
+        except ConfigError as error:
+            raise CheckpointError(
+                f"{folder}: an adapter, and its base model {name} is not here ({error}). Put that model's folder, or a "
+                "link to it, where this path leads from the current folder or from the adapter's"
+            ) from None
+    base = find_model(there)
+    if (base / ADAPTER_FILE).is_file():
+        raise CheckpointError(f"{folder}: its base {base} is an adapter itself; merge that one into a model first")
+    return base
+
+
+def _load_base(folder: Path) -> Decoder:
+    _require_intact(folder)
+    model = load_decoder(folder)
+    model.base = Base(str(folder), weights_fingerprint(folder))
+    return model
+
+
+def _require_intact(folder: Path) -> None:
+    """A folder of ours has every byte checked; another program's has nothing to check against."""
+    if (folder / MANIFEST).is_file() and (problems := damage(folder)):
+        raise CheckpointError(f"{folder}: damaged: {'; '.join(problems)}")
+
+
+def require_match(config: DecoderConfig, tokenizer: Tokenizer, name: str) -> None:
     """Raise ConfigError when `tokenizer` has tokens that the model has no embedding for."""
-    if tokenizer.vocab_size > model.config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
-            f"{name}: the tokenizer has {tokenizer.vocab_size} tokens and the model knows {model.config.vocab_size}, "
+            f"{name}: the tokenizer has {tokenizer.vocab_size} tokens and the model knows {config.vocab_size}, "
             "so they do not match; use the tokenizer that the model was trained with"
         )
 
@@ -229,10 +273,25 @@ def require_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _temporary(folder: Path) -> Path:
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A hidden empty folder to fill; at the end it is flushed to the disk and becomes `folder`.
+
+    A folder that is there is replaced only then. On an error it is as it was, and nothing is left beside it.
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    return temporary
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _commit(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise _storage_error(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _link_or_copy(source: str, target: str) -> None:

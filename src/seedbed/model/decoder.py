@@ -6,6 +6,7 @@ B batch   T tokens   S tokens seen (cached and new)   D d_model   F d_ff   V voc
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -14,6 +15,40 @@ from torch.utils.checkpoint import checkpoint
 
 from seedbed.model.attention import Attention, KeyValueCache, RMSNorm, Rotation, rotation
 from seedbed.model.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The low-rank adapters a model has; `seedbed.lora` puts them in."""
+
+    r: int
+    alpha: float
+    dropout: float
+    rslora: bool
+    dora: bool
+    modules: tuple[str, ...]  # linear layers by their names here, in the model's order
+    train_embeddings: bool  # embed_tokens is trained whole beside the adapters
+
+    @property
+    def scaling(self) -> float:
+        """What the low-rank product is multiplied by (with rsLoRA: Kalajdzievski, 2023)."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model folder that frozen weights come from."""
+
+    path: str
+    fingerprint: str  # of its weights, as `seedbed.model.weights.weights_fingerprint` gives it
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer whose weight is more than its parameter `weight`: `seedbed.lora.LoraLinear`."""
+
+    def effective_weight(self) -> Tensor:
+        """(out, in)."""
+        raise NotImplementedError
 
 
 class Decoder(nn.Module):
@@ -29,6 +64,8 @@ class Decoder(nn.Module):
         c = config
         self.config = c
         self.gradient_checkpointing = False
+        self.adapter: Adapter | None = None
+        self.base: Base | None = None
         self.embed_tokens = nn.Embedding(c.vocab_size, c.d_model)
         self.embed_positions = nn.Embedding(c.max_seq_len, c.d_model) if c.position == "learned" else None
         self.embed_dropout = nn.Dropout(c.dropout if c.family == "gpt2" else 0.0)
@@ -78,11 +115,15 @@ class Decoder(nn.Module):
         return self.final_norm(x)  # type: ignore[no-any-return]
 
     def head_weight(self) -> Tensor:
-        """(V, D): the embedding when the two are tied."""
+        """(V, D): the embedding when the two are tied; the sum of both where the head has an adapter."""
+        if isinstance(self.lm_head, AdaptedLinear):
+            return self.lm_head.effective_weight()
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) to (..., V). To train and evaluate, `seedbed.loss` never holds them all."""
+        if isinstance(self.lm_head, AdaptedLinear):
+            return self.lm_head(hidden)  # type: ignore[no-any-return]  # without making a (V, D) for a few tokens
         return F.linear(hidden, self.head_weight())
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -5,6 +5,7 @@ Nothing is unpickled. Names, transposed and fused weights are in the tables of `
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -66,6 +67,27 @@ def save_decoder(
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{folder}: the model could not be written ({error}); free space and save again") from error
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 over the weights of a model folder: name, type, shape and bytes of each, sorted by name.
+
+    The same weights give the same fingerprint in one file or in shards, under old names or new ones, with a
+    second copy of a tied head or without.
+
+    Raises:
+        CheckpointError: files missing or damaged, or a tied head that differs from the embedding.
+        ConfigError: a model this decoder cannot be.
+    """
+    config = read_config(folder)
+    tensors = _read_tensors(folder, config)
+    if config.tie_embeddings and (problems := _untie(tensors)):
+        raise CheckpointError(f"{folder}: {'; '.join(problems)}")
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _to_hf(state: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
