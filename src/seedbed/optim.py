@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from seedbed.config import TrainingOptions
+from seedbed.errors import ConfigError
+from seedbed.lowbit import DEVICES, import_bitsandbytes
+
+_MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
+"""Adam's two moments, and the numbers they have in bitsandbytes."""
+
+_MIN_SIZE_8BIT = 4096  # smaller parameters keep their moments in float32
 
 
 def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) or SGD over the trainable parameters of `model`.
+    """AdamW (Loshchilov and Hutter 2019), also with 8-bit moments (Dettmers et al. 2022), or SGD.
 
-    Weight decay applies to tensors of two or more dimensions: not to norms and biases.
+    Over the trainable parameters of `model`, which must be on their device. Weight decay applies to tensors of two
+    or more dimensions: not to norms and biases.
+
+    Raises:
+        MissingExtra: 8-bit moments without the library for them.
+        ConfigError: 8-bit moments on a device without kernels for them.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -23,13 +36,18 @@ def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.O
     groups = [group for group in groups if group["params"]]
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.beta1, fused=True)
-    return torch.optim.AdamW(
-        groups,
-        lr=options.learning_rate,
-        betas=(options.beta1, options.beta2),
-        eps=options.epsilon,
-        fused=True,
-    )
+    adam: dict[str, Any] = {
+        "lr": options.learning_rate,
+        "betas": (options.beta1, options.beta2),
+        "eps": options.epsilon,
+    }
+    if options.optimizer == "adamw8bit":
+        device = trainable[0].device.type
+        if device not in DEVICES:
+            raise ConfigError(f"--optimizer adamw8bit: there are no kernels for {device}; choose adamw")
+        kind = import_bitsandbytes("8-bit optimizers").optim.AdamW8bit
+        return kind(groups, min_8bit_size=_MIN_SIZE_8BIT, **adam)  # type: ignore[no-any-return]
+    return torch.optim.AdamW(groups, fused=True, **adam)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -38,20 +56,82 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors: `PARAMETER/exp_avg`, `PARAMETER/step`, ..."""
+    """The optimizer's state as named tensors: `PARAMETER/exp_avg`, `PARAMETER/step`, ...
+
+    A moment in 8 bits is two: `PARAMETER/exp_avg.codes` in the parameter's shape, `PARAMETER/exp_avg.scales` with
+    one number for each 256 codes.
+    """
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
+    if _is_8bit(optimizer):
+        states = {name: _from_bitsandbytes(state) for name, state in states.items() if state}
     return {
         f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for name, state in states.items()
+        for key, value in state.items()
         if isinstance(value, Tensor)
     }
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, on each parameter's device."""
+    """Put back what `optimizer_tensors` gave, on each parameter's device.
+
+    Raises:
+        ConfigError: it is the state of another optimizer.
+    """
     parameters = dict(model.named_parameters())
+    states: dict[str, dict[str, Tensor]] = {}
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
-        parameter = parameters[name]
-        device = "cpu" if key == "step" and parameter.device.type == "cpu" else parameter.device
-        optimizer.state[parameter][key] = value.to(device)
+        states.setdefault(name, {})[key] = value.to(parameters[name].device)
+    for name, state in states.items():
+        expected = _state_keys(optimizer, parameters[name])
+        if state.keys() != expected:
+            raise ConfigError(
+                f"--optimizer: the checkpoint holds the state of another one: {', '.join(sorted(state))} of {name}, "
+                f"expected {', '.join(sorted(expected))}; go on with the optimizer it was trained with"
+            )
+        optimizer.state[parameters[name]] = _to_bitsandbytes(optimizer, state) if _is_8bit(optimizer) else state
+
+
+def _is_8bit(optimizer: torch.optim.Optimizer) -> bool:
+    return not isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD)
+
+
+def _state_keys(optimizer: torch.optim.Optimizer, parameter: Tensor) -> set[str]:
+    """What `optimizer_tensors` gives for a parameter that was updated."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return {"momentum_buffer"}
+    if _is_8bit(optimizer) and parameter.numel() >= _MIN_SIZE_8BIT:
+        return {"step", *(f"{moment}.{part}" for moment in _MOMENTS for part in ("codes", "scales"))}
+    return {"step", *_MOMENTS}
+
+
+def _from_bitsandbytes(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """One parameter's state under names of ours; the table of the codes' values is always the same."""
+    tensors = {"step": torch.tensor(float(state["step"]))}
+    for moment, number in _MOMENTS.items():
+        if f"absmax{number}" in state:
+            tensors[f"{moment}.codes"] = state[f"state{number}"]
+            tensors[f"{moment}.scales"] = state[f"absmax{number}"]
+        else:
+            tensors[moment] = state[f"state{number}"]
+    return tensors
+
+
+def _to_bitsandbytes(optimizer: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inverse of `_from_bitsandbytes`."""
+    if not optimizer.name2qmap:
+        optimizer.fill_qmap()
+    state: dict[str, Any] = {"step": int(tensors["step"])}
+    for moment, number in _MOMENTS.items():
+        if moment in tensors:
+            state[f"state{number}"] = tensors[moment]
+            continue
+        codes = tensors[f"{moment}.codes"]
+        table = optimizer.name2qmap["dynamic" if moment == "exp_avg" else "udynamic"]
+        state |= {
+            f"state{number}": codes,
+            f"absmax{number}": tensors[f"{moment}.scales"],
+            f"qmap{number}": table.to(codes.device),
+        }
+    return state

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from seedbed.config import FLAGS, Layer, TrainingOptions, resolve
+from seedbed.errors import ConfigError, MissingExtra
 from seedbed.model.config import from_scratch
 from seedbed.model.decoder import Decoder
 from seedbed.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
@@ -18,9 +20,15 @@ def options(**values: Any) -> TrainingOptions:
     return resolve("scratch", [Layer(FLAGS, {"learning_rate": 1e-2, "weight_decay": 0.1, **values})]).training
 
 
-def make_model(arch: str = "gpt2") -> Decoder:
+def make_model(arch: str = "gpt2", *, vocab_size: int = 50, d_model: int = 16) -> Decoder:
     torch.manual_seed(0)
-    return Decoder(from_scratch(arch, vocab_size=50, d_model=16, num_layers=2, num_heads=2, max_seq_len=8))
+    config = from_scratch(arch, vocab_size=vocab_size, d_model=d_model, num_layers=2, num_heads=2, max_seq_len=8)
+    return Decoder(config)
+
+
+def make_wide_model() -> Decoder:
+    """Matrices of 4096 weights and more, norms below; the embedding has a last block of only 64 of 256."""
+    return make_model("llama", vocab_size=65, d_model=64)
 
 
 def train(model: Decoder, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
@@ -118,3 +126,99 @@ def test_the_state_comes_back_bit_for_bit_through_a_file(kind: str, tmp_path: Pa
     train(model, optimizer, 3, first=3)
     train(twin, restored, 3, first=3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_8_bit_moments_resume_bit_for_bit_through_a_file(tmp_path: Path) -> None:
+    straight = make_wide_model()
+    train(straight, build_optimizer(straight, options(optimizer="adamw8bit")), 10)
+
+    first = make_wide_model()
+    optimizer = build_optimizer(first, options(optimizer="adamw8bit"))
+    train(first, optimizer, 5)
+    saved = optimizer_tensors(first, optimizer)
+    save_file(saved, tmp_path / "optimizer.safetensors")
+
+    second = make_wide_model()
+    second.load_state_dict(first.state_dict())
+    fresh = build_optimizer(second, options(optimizer="adamw8bit"))
+    load_optimizer_tensors(second, fresh, load_file(tmp_path / "optimizer.safetensors"))
+    again = optimizer_tensors(second, fresh)
+    assert again.keys() == saved.keys()
+    assert all(torch.equal(again[name], saved[name]) for name in saved)
+    train(second, fresh, 5, first=5)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters(), strict=True))
+
+
+def test_8_bit_moments_have_names_of_their_own_and_small_ones_the_usual() -> None:
+    model = make_wide_model()
+    optimizer = build_optimizer(model, options(optimizer="adamw8bit"))
+    train(model, optimizer, 1)
+    saved = optimizer_tensors(model, optimizer)
+    shapes = {key.partition("/")[2]: tuple(value.shape) for key, value in saved.items() if "embed_tokens" in key}
+    assert shapes == {
+        "step": (),
+        "exp_avg.codes": (65, 64),
+        "exp_avg.scales": (17,),
+        "exp_avg_sq.codes": (65, 64),
+        "exp_avg_sq.scales": (17,),
+    }
+    norm = {key.partition("/")[2]: value.dtype for key, value in saved.items() if key.startswith("final_norm.")}
+    assert norm == {"step": torch.float32, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+
+
+def test_8_bit_moments_take_a_quarter_of_the_memory() -> None:
+    sizes = {}
+    for kind in ("adamw", "adamw8bit"):
+        model = make_wide_model()
+        optimizer = build_optimizer(model, options(optimizer=kind))
+        train(model, optimizer, 1)
+        sizes[kind] = sum(value.nbytes for value in optimizer_tensors(model, optimizer).values())
+    assert 0.25 < sizes["adamw8bit"] / sizes["adamw"] < 0.27
+
+
+def test_8_bit_moments_train_about_as_well() -> None:
+    """A map of 64 tokens to 64 others, learned by heart; SGD's curve shows that the bound means something."""
+
+    def losses(kind: str) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+        optimizer = build_optimizer(model, options(optimizer=kind, learning_rate=3e-3))
+        target = torch.randperm(64)
+        curve = []
+        for _ in range(60):
+            loss = nn.functional.cross_entropy(model(torch.arange(64)), target)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            curve.append(loss.item())
+        return curve
+
+    exact, rounded, other = (losses(kind) for kind in ("adamw", "adamw8bit", "sgd"))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, abs=0.01)
+    assert exact[-1] < 0.01
+    assert other[-1] > 3
+
+
+@pytest.mark.parametrize("trained", ["adamw", "adamw8bit", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "sgd"])
+def test_the_state_of_another_optimizer_is_refused(trained: str, kind: str) -> None:
+    model = make_wide_model()
+    optimizer = build_optimizer(model, options(optimizer=trained))
+    train(model, optimizer, 1)
+    other = build_optimizer(model, options(optimizer=kind))
+    if trained == kind:
+        load_optimizer_tensors(model, other, optimizer_tensors(model, optimizer))
+        return
+    with pytest.raises(ConfigError, match="--optimizer"):
+        load_optimizer_tensors(model, other, optimizer_tensors(model, optimizer))
+
+
+def test_8_bit_moments_without_their_library_or_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        nowhere = nn.Linear(64, 64)
+    with pytest.raises(ConfigError, match="no kernels for meta; choose adamw"):
+        build_optimizer(nowhere, options(optimizer="adamw8bit"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingExtra, match=r"8-bit optimizers need the extra 'lowbit'"):
+        build_optimizer(nn.Linear(64, 64), options(optimizer="adamw8bit"))
