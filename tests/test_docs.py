@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -16,6 +17,13 @@ from tests.conftest import MakeText
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAKES_ITS_RUN = ("README", "pretrain")
+
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+QUESTIONS = [
+    {"instruction": f"Which number comes {word} {NUMBERS[place]}?", "input": "", "output": f"{NUMBERS[place + step]}."}
+    for place in range(1, 9)
+    for word, step in (("after", 1), ("before", -1))
+]
 
 # These have tests of their own, or are other programs.
 NOT_HERE = ("make ", "tensorboard ", "pip ")
@@ -40,6 +48,7 @@ def test_page(page: Path, make_text: MakeText, book_run: Path, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(make_text(20_000), "book.txt")
     shutil.copyfile(make_text(30_000), "other.txt")
+    Path("questions.json").write_text(json.dumps(QUESTIONS))
     if page.stem not in MAKES_ITS_RUN:
         shutil.copytree(book_run, "runs/book")
     for language, content in blocks(page):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Literal, Self, overload
 
 from rich.console import Console
 
@@ -24,8 +24,9 @@ from seedbed.errors import ConfigError
 from seedbed.evaluate import Evaluation, evaluate
 from seedbed.generate import generate
 from seedbed.model.decoder import Decoder
+from seedbed.text.template import find_template
 from seedbed.text.tokenizer import Tokenizer
-from seedbed.train.pretrain import pretrain as run_pretraining
+from seedbed.train.run import run_training
 
 CALL = "the call"
 
@@ -68,10 +69,27 @@ class LanguageModel:
         texts = [completion.text for completion in completions]
         return texts[0] if isinstance(prompts, str) else texts
 
+    def chat(self, question: str | Sequence[dict[str, str]], **options: Any) -> str:
+        """The model's answer, asked in its chat template.
+
+        Args:
+            question: what the user says; or a conversation, messages with `role` and `content`.
+            options: as `seedbed generate` has them.
+
+        Raises:
+            ConfigError: the model has no chat template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ConfigError(f"{self.path} has no chat template, so it was not taught to answer; use generate()")
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+        prompt = find_template(self.tokenizer, None, "chat").prompt_ids(messages)
+        sampling = read_section(SamplingOptions, options, CALL)
+        return generate(self.decoder, self.tokenizer, [prompt], sampling)[0].text
+
     def evaluate(
         self, data: str, *, max_seq_len: int | None = None, stride: int | None = None, document: str | None = None
     ) -> Evaluation:
-        """How well the model predicts a text: nats per token, perplexities, bits per byte.
+        """How well the model predicts a text, or the answers of conversations: its loss and perplexities.
 
         Args:
             data: a file, folder, glob or named source.
@@ -81,26 +99,35 @@ class LanguageModel:
         """
         source = open_whole(data, document=document)
         length = max_seq_len or min(1024, self.decoder.config.max_seq_len)
-        return evaluate(self.decoder, self.tokenizer, source.documents(), max_seq_len=length, stride=stride)
+        template = None if source.format == "text" else find_template(self.tokenizer, None, source.format)
+        return evaluate(
+            self.decoder,
+            self.tokenizer,
+            source.documents(),
+            max_seq_len=length,
+            stride=stride,
+            template=template,
+        )
 
 
 class Trainer:
     """A run as an object: set options, train, then evaluate and generate with the result.
 
-    trainer = seedbed.Trainer(data="book.txt", model="tiny", epochs=3)
+    trainer = seedbed.Trainer("finetune", data="questions.json", model="SmolLM2-135M-Instruct", lora=True)
     trainer.train()
     print(trainer.evaluate("other_book.txt").token_ppl)
     print(trainer.generate("Once upon a time", temperature=0.7))
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, method: Literal["pretrain", "finetune"] = "pretrain", **options: Any) -> None:
+        self.method = method
         self.options = options
         self.run: Run | None = None
         self.model: LanguageModel | None = None
 
     def train(self) -> Run:
         """Train to the end, or go on where an interrupted run stopped; loads the best weights."""
-        self.run = pretrain(**self.options)
+        self.run = finetune(**self.options) if self.method == "finetune" else pretrain(**self.options)
         self.model = self.run.load()
         return self.run
 
@@ -133,8 +160,25 @@ def pretrain(*, config: str | None = None, quiet: bool = False, **options: Any) 
     Raises:
         SeedbedError: what was wrong, with the remedy; see `seedbed.errors`.
     """
+    return _run("scratch", config, quiet, options)
+
+
+def finetune(*, config: str | None = None, quiet: bool = False, **options: Any) -> Run:
+    """Fine-tune a pretrained model; options and their defaults as `seedbed finetune` has them.
+
+    Args:
+        config: a YAML file, beneath the options.
+        quiet: print nothing.
+
+    Raises:
+        SeedbedError: what was wrong, with the remedy; see `seedbed.errors`.
+    """
+    return _run("finetune", config, quiet, options)
+
+
+def _run(regime: str, config: str | None, quiet: bool, options: dict[str, Any]) -> Run:
     layers = [read_config_file(config)] if config else []
-    outcome = run_pretraining(resolve("scratch", [*layers, Layer(CALL, options)]), Console(quiet=quiet))
+    outcome = run_training(resolve(regime, [*layers, Layer(CALL, options)]), Console(quiet=quiet))
     return Run(outcome.path, outcome.summary["status"], outcome.exit_code, outcome.summary)
 
 

@@ -17,14 +17,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from seedbed.data.conversations import from_document
 from seedbed.data.store import split_long
 from seedbed.errors import ConfigError, DataError
 from seedbed.loss import IGNORE, token_losses
 from seedbed.model.decoder import Decoder
+from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer, batches_of_text
 
 Tokens = npt.NDArray[np.int32]
-Window = tuple[Tokens, int]
+Mask = npt.NDArray[np.bool_]
+Window = tuple[Tokens, Mask]  # (n + 1,) tokens, and which of the last n are scored (n,)
 
 SORTED_BATCHES: Final = 16  # so many batches of windows are sorted by length at once, to waste little on padding
 
@@ -100,25 +103,28 @@ def evaluate(
     max_seq_len: int,
     stride: int | None = None,
     batch_size: int = 8,
+    template: Template | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Predict every token of every document but the first, each once.
+    """Predict every token of every document but the first, each once; of conversations, the answers.
 
     A document is tokenized as one string with nothing added, and its first token is context only; one of a
     single token predicts nothing and is left out of every count. Longer ones than `max_seq_len` are read in
-    windows (see `windows`), and no context goes from one window or document to the next.
+    windows (see `windows`), and no context goes from one window or document to the next. A conversation is one
+    window; of a longer one the beginning counts.
 
     Memory holds one document's tokens and a few batches, never the logits of a batch. Sums are in float64.
 
     Args:
         model: in its own type; its training mode is restored.
         tokenizer: the one the model was trained with.
-        documents: the texts, read once.
+        documents: the texts, or conversations as `data.conversations` writes them, read once.
         max_seq_len: tokens predicted in one window, and the most that any of them sees.
         stride: targets by which one window is further than the last, `max_seq_len` by default. A smaller
             one gives tokens more context, each at least `max_seq_len - stride` tokens where the document has
             them, and costs `max_seq_len / stride` times as much.
         batch_size: windows predicted at once.
+        template: reads the conversations; None for texts.
         progress: called after each batch with the number of tokens predicted so far.
 
     Raises:
@@ -129,10 +135,14 @@ def evaluate(
     _check_window(model.config.max_seq_len, max_seq_len, stride)
     count = _Count()
     nats, tokens = 0.0, 0
+    if template is None:
+        every = _windows(tokenizer, documents, max_seq_len, stride, count)
+    else:
+        every = _conversations(template, documents, max_seq_len, count)
     with evaluation_mode(model):
-        for batch in _batches(_windows(tokenizer, documents, max_seq_len, stride, count), batch_size):
+        for batch in _batches(every, batch_size):
             nats += _score(model, batch)
-            tokens += sum(scored for _, scored in batch)
+            tokens += sum(int(scored.sum()) for _, scored in batch)
             if progress:
                 progress(tokens)
     if not tokens:
@@ -142,7 +152,7 @@ def evaluate(
     return Evaluation(nats, tokens, count.words, count.bytes, max_seq_len, stride)
 
 
-def windows(tokens: Tokens, max_seq_len: int, stride: int) -> Iterator[Window]:
+def windows(tokens: Tokens, max_seq_len: int, stride: int) -> Iterator[tuple[Tokens, int]]:
     """Cut a document into windows of up to `max_seq_len` predicted tokens, each `stride` after the last.
 
     A window is a stretch of tokens, the first of them context only, with how many of its last tokens are
@@ -178,6 +188,11 @@ class _Count:
     words: int = 0
     bytes: int = 0
 
+    def add(self, text: str) -> None:
+        """Count the words and bytes of a text that is predicted."""
+        self.words += sum(1 for _ in re.finditer(r"\S+", text))
+        self.bytes += len(text.encode())
+
 
 def _windows(
     tokenizer: Tokenizer, documents: Iterable[str], max_seq_len: int, stride: int, count: _Count
@@ -191,9 +206,24 @@ def _windows(
             tokens = np.concatenate(list(islice(encoded, len(some))))
             count.documents += 1
             if len(tokens) > 1:
-                count.words += sum(1 for _ in re.finditer(r"\S+", text))
-                count.bytes += len(text.encode())
-                yield from windows(tokens, max_seq_len, stride)
+                count.add(text)
+                for window, scored in windows(tokens, max_seq_len, stride):
+                    yield window, np.arange(len(window) - 1) >= len(window) - 1 - scored
+
+
+def _conversations(template: Template, documents: Iterable[str], max_seq_len: int, count: _Count) -> Iterator[Window]:
+    """One window for each conversation, its answers scored; the answers' words and bytes are counted."""
+    for document in documents:
+        messages = from_document(document)
+        example = template.example(messages)
+        tokens = np.array(example.token_ids[: max_seq_len + 1], dtype=np.int32)
+        scored = np.array(example.trained[1 : max_seq_len + 1], dtype=np.bool_)
+        count.documents += 1
+        if scored.any():
+            for message in messages:
+                if message["role"] == "assistant":
+                    count.add(message["content"])
+            yield tokens, scored
 
 
 def _batches(source: Iterator[Window], batch_size: int) -> Iterator[list[Window]]:
@@ -212,7 +242,7 @@ def _score(model: Decoder, batch: list[Window]) -> float:
     for row, (tokens, scored) in enumerate(batch):
         size = len(tokens) - 1
         inputs[row, :size] = torch.from_numpy(tokens[:-1])
-        labels[row, size - scored : size] = torch.from_numpy(tokens[-scored:])
+        labels[row, :size] = torch.from_numpy(np.where(scored, tokens[1:], IGNORE))
     weight = model.head_weight()
     hidden = model(inputs.to(weight.device))  # (B, T, D)
     losses = token_losses(hidden.flatten(0, 1), weight, labels.flatten().to(weight.device))  # (B * T,)

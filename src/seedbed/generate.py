@@ -41,7 +41,7 @@ class Completion:
 def generate(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     options: SamplingOptions,
     *,
     batch_size: int = 16,
@@ -50,14 +50,14 @@ def generate(
     """Continue each prompt; completions come in the order of the prompts.
 
     A prompt is continued as it is; an empty one starts a document, from the tokenizer's bos or else its eos.
-    A row ends at eos, before a stop string, after `options.max_new_tokens`, or when the model has no
+    A row ends at an end token, before a stop string, after `options.max_new_tokens`, or when the model has no
     position left for another token. What is written depends on the prompt and the seed, not on the other
     prompts; a prompt given several times gets other random numbers each time.
 
     Args:
         model: in its own type, without autocast; its training mode is restored.
         tokenizer: the one the model was trained with.
-        prompts: any number; `batch_size` at a time.
+        prompts: texts, or token ids (a conversation's, see `Template.prompt_ids`); `batch_size` at a time.
         options: how to choose tokens and when to stop.
         batch_size: prompts written at once.
         on_text: called with a prompt's index and the next piece of its text: whole characters, and never a
@@ -143,14 +143,14 @@ class _Row:
         self.repeat = repeat  # how often the same prompt came before: its own random numbers
         self.limit = limit
         self.finish_reason: FinishReason | None = None
-        self._eos_id = tokenizer.eos_id
+        self._stop_ids = tokenizer.stop_ids
         self._token_ids: list[int] = []
         self._output = TextStream(tokenizer, prompt_ids, stop)
         self._text: list[str] = []
 
     def add(self, token: int) -> str:
         """Take the next token; give back the text that can be shown now."""
-        if token == self._eos_id:
+        if token in self._stop_ids:
             self.finish_reason = "eos"
             text = ""
         else:
@@ -170,10 +170,12 @@ class _Row:
         return Completion(self.prompt, "".join(self._text), tuple(self._token_ids), self.finish_reason)
 
 
-def _rows(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], options: SamplingOptions) -> list[_Row]:
+def _rows(
+    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str | Sequence[int]], options: SamplingOptions
+) -> list[_Row]:
     """The prompts as tokens, all problems with them reported together."""
     positions = model.config.max_seq_len
-    times: Counter[str] = Counter()
+    times: Counter[tuple[int, ...]] = Counter()
     rows: list[_Row] = []
     problems = []
     if "" in options.stop:
@@ -187,24 +189,24 @@ def _rows(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], options:
             )
         row = _Row(
             index,
-            prompt,
+            prompt if isinstance(prompt, str) else tokenizer.decode(prompt),
             ids,
-            repeat=times[prompt],
+            repeat=times[tuple(ids)],
             # Every token but the last takes a position.
             limit=min(options.max_new_tokens, positions - len(ids) + 1),
             tokenizer=tokenizer,
             stop=options.stop,
         )
         rows.append(row)
-        times[prompt] += 1
+        times[tuple(ids)] += 1
     if problems:
         raise ConfigError(problems)
     return rows
 
 
-def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    return tokenizer.encode(prompt) or [start]
+    return (tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)) or [start]
 
 
 class TextStream:

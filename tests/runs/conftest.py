@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from seedbed.config import FLAGS, Layer, resolve
-from seedbed.train import pretrain as pretraining
+from seedbed.train import run as running
 from seedbed.train.loop import Outcome
 from seedbed.train.progress import Display
 
@@ -56,9 +56,9 @@ def run_it(small_text_file: Path, monkeypatch: pytest.MonkeyPatch) -> RunIt:
     def run(output: Path, *, stop_at: int = 0, log: io.StringIO | None = None, **options: Any) -> Outcome:
         values = {"data": str(small_text_file), "output": str(output), **TINY, **options}
         monkeypatch.setattr(StoppingDisplay, "stop_at", stop_at)
-        monkeypatch.setattr(pretraining, "Display", StoppingDisplay)
+        monkeypatch.setattr(running, "Display", StoppingDisplay)
         config = resolve("scratch", [Layer(FLAGS, {name: v for name, v in values.items() if v is not None})])
-        return pretraining.pretrain(config, Console(file=log or io.StringIO(), width=200))
+        return running.run_training(config, Console(file=log or io.StringIO(), width=200))
 
     return run
 
@@ -79,3 +79,83 @@ def same_weights(a: Path, b: Path) -> bool:
     """Whether two checkpoints hold the same bytes of weights and of optimizer."""
     files = ("model.safetensors", "seedbed/optimizer.safetensors")
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in files)
+
+
+# Fine-tuning
+
+TUNING: dict[str, Any] = {
+    "max_seq_len": 192,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+    "max_steps": 3,
+    "precision": "fp32",
+    "device": "cpu",
+    "tensorboard": False,
+}
+
+ROWS: dict[str, Callable[[str, str], dict[str, Any]]] = {
+    "text": lambda question, answer: {"text": f"{question} {answer}"},
+    "alpaca": lambda question, answer: {"instruction": question, "input": "", "output": answer},
+    "qa": lambda question, answer: {"question": question, "answer": answer},
+    "completion": lambda question, answer: {"prompt": f"{question} ", "completion": answer},
+    "chat": lambda question, answer: {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] * 2
+    },
+}
+"""A question and its answer as a row of each format."""
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`questions("qa")`: forty questions whose answers differ in length, in a file of that format."""
+    folder = tmp_path_factory.mktemp("questions")
+
+    def write(format: str) -> Path:
+        path = folder / f"{format}.json"
+        if not path.exists():
+            pairs = [
+                (f"Count from {i} to {i + i % 7}.", " ".join(map(str, range(i, i + i % 7 + 1)))) for i in range(40)
+            ]
+            path.write_text(json.dumps([ROWS[format](*pair) for pair in pairs]), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, small_text_file: Path) -> Callable[[str], Path]:
+    """`pretrained("llama")`: a checkpoint to fine-tune, of a run of some steps. Llama's head is its own."""
+    folder = tmp_path_factory.mktemp("pretrained")
+
+    def train(arch: str) -> Path:
+        run = folder / arch
+        if not run.exists():
+            longer = {"max_seq_len": 192, "vocab_size": 400, "max_steps": 30, "learning_rate": 1e-2, "eval_every": 30}
+            options = {**TINY, **longer, "arch": arch, "tie_embeddings": arch == "gpt2"}
+            values = {"data": str(small_text_file), "output": str(run), **options}
+            running.run_training(resolve("scratch", [Layer(FLAGS, values)]), Console(quiet=True))
+        return run / "checkpoints/best"
+
+    return train
+
+
+@pytest.fixture
+def tune_it(
+    pretrained: Callable[[str], Path], questions: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> RunIt:
+    """`tune_it(output, data="alpaca", lora=True, ...)`: one sitting of fine-tuning; by default a Llama, on `qa`."""
+
+    def tune(
+        output: Path, *, data: str = "qa", stop_at: int = 0, log: io.StringIO | None = None, **options: Any
+    ) -> Outcome:
+        values = {"data": data, "model": "llama", "output": str(output), **TUNING, **options}
+        if data in ROWS:
+            values["data"] = str(questions(data))
+        if values["model"] in ("llama", "gpt2"):
+            values["model"] = str(pretrained(values["model"]))
+        monkeypatch.setattr(StoppingDisplay, "stop_at", stop_at)
+        monkeypatch.setattr(running, "Display", StoppingDisplay)
+        config = resolve("finetune", [Layer(FLAGS, {name: v for name, v in values.items() if v is not None})])
+        return running.run_training(config, Console(file=log or io.StringIO(), width=200))
+
+    return tune

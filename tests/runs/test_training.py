@@ -17,7 +17,7 @@ from seedbed.config import FLAGS, Layer, resolve
 from seedbed.errors import ConfigError, DataError, DivergedError
 from seedbed.runs.folder import read_records
 from seedbed.train import loop
-from seedbed.train.build import build_pretraining
+from seedbed.train.build import build_job
 from seedbed.train.job import Job
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start, open_run
@@ -35,7 +35,7 @@ def build(output: Path, data: Path, **options: Any) -> Job:
     values = {**TINY, "data": str(data), "output": str(output), **options}
     start = open_run(resolve("scratch", [Layer(FLAGS, values)]))
     assert isinstance(start, Start)
-    return build_pretraining(start, Display(Console(file=io.StringIO()), 100))
+    return build_job(start, Display(Console(file=io.StringIO()), 100))
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -17,11 +17,11 @@ import seedbed
 ROOT = Path(seedbed.__file__).parent
 
 LAYERS = [
-    {"errors"},
+    {"errors", "findings"},
     {"config"},
     {"runs", "text", "schedule"},
-    {"sampling", "loss", "optim", "device", "data", "model"},
-    {"checkpoint", "evaluate", "generate"},
+    {"sampling", "loss", "optim", "device", "data", "model", "lora", "lowbit", "freeze"},
+    {"checkpoint", "evaluate", "generate", "adapter", "export"},
     {"train"},
     {"api"},
     {"cli"},
@@ -31,7 +31,7 @@ LAYERS = [
 
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
-WITHOUT_TORCH = ("config", "runs", "text", "errors", "schedule")
+WITHOUT_TORCH = ("config", "findings", "runs", "text", "errors", "schedule")
 
 
 def modules() -> dict[str, Path]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
 from seedbed.cli.options import Verb, given, layers, refuse_unknown, sections
 from seedbed.config import FLAGS, TRAINED_HERE, DataOptions, TextOptions, read_section, resolve
+from seedbed.data.rows import NO_TARGET
 from seedbed.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -128,25 +131,36 @@ def list_data(ctx: click.Context, /, as_json: bool) -> None:
 
 @data.command("show", cls=Verb, epilog="Example: seedbed data show --data book.txt --tokenizer tok --max_seq_len 64")
 @click.option("--num", type=click.IntRange(min=1), default=3, help="How many rows. [3]")
+@click.option("--model", metavar="FOLDER", help="A pretrained model, whose tokenizer and template are taken.")
 @json_option
 @sections(DataOptions)
 @click.pass_context
-def show_data(ctx: click.Context, /, num: int, as_json: bool, **_flags: Any) -> None:
+def show_data(ctx: click.Context, /, num: int, model: str | None, as_json: bool, **_flags: Any) -> None:
     """The first rows of the first epoch, exactly as a model will see them.
 
-    What is predicted is shown plain, what is only context or padding dimmed, and a bar marks where a document
-    begins: nothing to its right sees anything to its left.
+    What is learnt is shown plain (in colour, for conversations), what is only context dimmed, and a bar marks
+    where a document begins: nothing to its right sees anything to its left.
     """
-    options = resolve("scratch", layers(ctx, DataOptions.model_fields)).data
+    config = resolve("scratch", layers(ctx, DataOptions.model_fields))
+    if model is not None and config.is_given("tokenizer"):
+        raise ConfigError("--tokenizer and --model both name a tokenizer; leave one of them out")
+    from seedbed.data import Reading
     from seedbed.train.corpus import make_tokenizer, open_texts, require_a_row, tokenize
+    from seedbed.train.finetune import base_folder
+    from seedbed.train.ingredients import template_for, with_template
     from seedbed.train.progress import Display
 
+    if model is not None:
+        config = config.update(f"model {model}", tokenizer=str(base_folder(model)))
+    options = config.data
     console = make_console(as_json)
     display = Display(console, log_every=1)
     texts = open_texts(options)
     require_a_row(texts, options.max_seq_len)
     loaded = make_tokenizer(options, texts, display)
-    corpus = tokenize(texts, loaded, options, seed=0, display=display)
+    loaded = with_template(loaded, template_for(config, texts, loaded))
+    reading = Reading(loaded, template_for(config, texts, loaded), options.train_on_prompt)
+    corpus = tokenize(texts, reading, options, seed=0, display=display)
     rows = [corpus.rows.row(0, index) for index in range(min(num, len(corpus.rows)))]
     if as_json:
         print_json(
@@ -166,7 +180,7 @@ def show_data(ctx: click.Context, /, num: int, as_json: bool, **_flags: Any) -> 
         highlight=False,
     )
     for number, row in enumerate(rows):
-        predicted = int((row.labels != -100).sum())
+        predicted = int((row.labels != NO_TARGET).sum())
         console.print(
             f"\nRow {number}: {predicted} of {len(row.labels)} tokens predicted",
             style="bold",
@@ -181,23 +195,32 @@ def _row_json(row: Row, loaded: Tokenizer) -> dict[str, Any]:
         "labels": row.labels.tolist(),
         "segment_ids": row.segment_ids.tolist(),
         "text": loaded.decode(row.input_ids.tolist()),
+        "learnt": loaded.decode(row.labels[row.labels != NO_TARGET].tolist()),
     }
 
 
 def _print_row(row: Row, loaded: Tokenizer, console: Console) -> None:
-    """Runs of tokens with one fate are decoded together, so that characters of several tokens stay whole."""
-    starts = [0]
-    for place in range(1, len(row.labels)):
-        new_document = row.segment_ids[place] != row.segment_ids[place - 1]
-        new_fate = (row.labels[place] == -100) != (row.labels[place - 1] == -100)
-        if new_document or new_fate:
-            starts.append(place)
+    """Each token by its own fate: whether it was predicted from the one before it.
+
+    Runs of tokens with one fate are decoded together, so that characters of several tokens stay whole.
+    """
+    first = np.append(row.position_ids[:1] == 0, row.segment_ids[1:] != row.segment_ids[:-1])
+    length = int(np.flatnonzero(row.labels != NO_TARGET)[-1]) + 1
+    tokens: list[tuple[int, str, bool]] = []  # id, fate, whether a document begins before it
+    for place in range(length):
+        if first[place]:
+            tokens.append((int(row.input_ids[place]), "dim", True))
+        label = int(row.labels[place])
+        follows = place + 1 < length and not first[place + 1]
+        if label != NO_TARGET:
+            tokens.append((label, "green", False))
+        elif follows:
+            tokens.append((int(row.input_ids[place + 1]), "dim", False))
     text = Text()
-    for start, end in zip(starts, [*starts[1:], len(row.labels)], strict=True):
-        if row.position_ids[start] == 0:
+    for (style, begins), run in groupby(tokens, key=lambda token: token[1:]):
+        if begins:
             text.append("▌", style="bold cyan")
-        masked = row.labels[start] == -100
-        text.append(loaded.decode(row.input_ids[start:end].tolist()), style="dim" if masked else "")
+        text.append(loaded.decode([token for token, _, _ in run]), style=style)
     console.print(text, soft_wrap=True, highlight=False)
 
 

@@ -12,12 +12,14 @@ from seedbed.cli.console import json_option, make_console, print_facts, print_js
 from seedbed.cli.options import Verb, given, refuse_unknown, sections
 from seedbed.config import FLAGS, SamplingOptions, TextOptions, read_config_file, read_section
 from seedbed.errors import ConfigError, DataError
+from seedbed.text.template import find_template
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from seedbed.evaluate import Evaluation
     from seedbed.model.decoder import Decoder
+    from seedbed.text.template import Template
     from seedbed.text.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 1024
@@ -34,6 +36,8 @@ device_option = click.option("--device", default="auto", help="auto, cpu, cuda, 
 @click.command(cls=Verb, epilog="Example: seedbed evaluate --model runs/demo --data other.txt --stride 128")
 @model_option
 @click.option("--data", help="Text, as for training; by default the documents that the run held out.")
+@click.option("--format", "form", default="auto", help="text, alpaca, qa, chat, completion; auto looks. [auto]")
+@click.option("--chat_template", help="For conversations; by default the tokenizer's own, else the format's.")
 @click.option("--text_column", default="text", help="Column of JSONL and Parquet rows. [text]")
 @click.option("--document", help="What separates documents in text files. [file]")
 @click.option("--split", help="Of a named source: train, validation or test. [test, else validation]")
@@ -52,6 +56,8 @@ def evaluate(
     /,
     model: str,
     data: str | None,
+    form: str,
+    chat_template: str | None,
     text_column: str,
     document: str | None,
     split: str | None,
@@ -61,17 +67,19 @@ def evaluate(
     device: str,
     as_json: bool,
 ) -> None:
-    """Loss, perplexities and bits per byte of a model on text."""
+    """Loss, perplexities and bits per byte of a model on text, or on the answers of conversations."""
     refuse_unknown(ctx)
     from seedbed.checkpoint import load_model
     from seedbed.data import open_whole
 
     if data:
-        documents = open_whole(data, text_column=text_column, document=document, split=split).documents()
+        source = open_whole(data, text_column=text_column, document=document, split=split, format=form)
+        documents, kind = source.documents(), source.format
     else:
-        documents = held_out_documents(model)
+        documents, kind = held_out_documents(model)
     decoder, tokenizer = load_model(model, device)
-    result = _measure(decoder, tokenizer, documents, make_console(as_json), max_seq_len, stride, batch_size)
+    template = None if kind == "text" else find_template(tokenizer, chat_template, kind)
+    result = _measure(decoder, tokenizer, documents, make_console(as_json), template, max_seq_len, stride, batch_size)
     facts = result.to_json(model, data or f"held out by {model}")
     if as_json:
         print_json(facts)
@@ -96,6 +104,7 @@ def _measure(
     tokenizer: Tokenizer,
     documents: Iterator[str],
     console: Console,
+    template: Template | None = None,
     max_seq_len: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
@@ -115,12 +124,13 @@ def _measure(
             max_seq_len=length,
             stride=stride,
             batch_size=batch_size,
+            template=template,
             progress=report,
         )
 
 
-def held_out_documents(model: str) -> Iterator[str]:
-    """The documents that the run around a checkpoint held out.
+def held_out_documents(model: str) -> tuple[Iterator[str], str]:
+    """The documents that the run around a checkpoint held out, and their format.
 
     Raises:
         ConfigError: `model` does not belong to a run, or the run held nothing out.
@@ -132,14 +142,14 @@ def held_out_documents(model: str) -> Iterator[str]:
     if run is None:
         raise ConfigError(f"--data is missing, and --model {model} is not part of a run with held-out documents")
     saved = read_config_file(str(run / "config.yaml")).values
-    options = TextOptions(**{name: saved[name] for name in TextOptions.model_fields})
+    options = TextOptions(**{name: saved[name] for name in TextOptions.model_fields if name in saved})
     try:
         texts = open_texts(options)
     except DataError as error:
         raise DataError(f"{error} (so {run}/config.yaml names it; give --data)") from None
     if not texts.hold_out:
         raise ConfigError(f"--data is missing, and the run {run} held no documents out")
-    return texts.held_out_documents()
+    return texts.held_out_documents(), texts.train.format
 
 
 def held_out_evaluation(run: str, console: Console) -> tuple[Decoder, Tokenizer, Evaluation]:
@@ -147,13 +157,16 @@ def held_out_evaluation(run: str, console: Console) -> tuple[Decoder, Tokenizer,
     from seedbed.checkpoint import load_model
 
     decoder, tokenizer = load_model(run)
-    return decoder, tokenizer, _measure(decoder, tokenizer, held_out_documents(run), console)
+    documents, _ = held_out_documents(run)
+    return decoder, tokenizer, _measure(decoder, tokenizer, documents, console)
 
 
 @click.command(cls=Verb, epilog="Example: seedbed generate --model runs/demo --prompt 'The class' --temperature 0.7")
 @model_option
 @click.option("--prompt", multiple=True, help="Text to continue; give several for a batch. Empty starts a document.")
 @click.option("--prompt_file", type=click.Path(), help="A text file to continue.")
+@click.option("--chat", is_flag=True, help="Give each prompt as a question, in the model's chat template.")
+@click.option("--system", help="With --chat, what the model is told before the question.")
 @device_option
 @json_option
 @sections(SamplingOptions)
@@ -164,29 +177,47 @@ def generate(
     model: str,
     prompt: tuple[str, ...],
     prompt_file: str | None,
+    chat: bool,
+    system: str | None,
     device: str,
     as_json: bool,
     **_flags: Any,
 ) -> None:
     """Text from a model, streamed as it is written."""
     refuse_unknown(ctx)
+    if system and not chat:
+        raise ConfigError("--system has no meaning without --chat; add --chat, or leave it out")
     options = read_section(SamplingOptions, given(ctx, SamplingOptions.model_fields), FLAGS)
     prompts = [*prompt, *([_read_prompt(prompt_file)] if prompt_file else [])] or [""]
     from seedbed.checkpoint import load_model
     from seedbed.generate import generate as write
 
     decoder, tokenizer = load_model(model, device)
+    questions = [_question(tokenizer, model, text, system) for text in prompts] if chat else prompts
     if as_json or len(prompts) > 1:
-        completions = write(decoder, tokenizer, prompts, options)
+        completions = write(decoder, tokenizer, questions, options)
         if as_json:
-            rows = [{"prompt": c.prompt, "text": c.text, "finish_reason": c.finish_reason} for c in completions]
+            rows = [
+                {"prompt": prompt, "text": c.text, "finish_reason": c.finish_reason}
+                for prompt, c in zip(prompts, completions, strict=True)
+            ]
             print_json({"model": model, "completions": rows})
             return
-        click.echo("\n\n".join(f"{c.prompt}{c.text}" for c in completions))
+        between = "\n" if chat else ""
+        click.echo("\n\n".join(f"{text}{between}{c.text}" for text, c in zip(prompts, completions, strict=True)))
         return
-    click.echo(prompts[0], nl=False)
-    write(decoder, tokenizer, prompts, options, on_text=lambda _, text: click.echo(text, nl=False))
+    if not chat:
+        click.echo(prompts[0], nl=False)
+    write(decoder, tokenizer, questions, options, on_text=lambda _, text: click.echo(text, nl=False))
     click.echo()
+
+
+def _question(tokenizer: Tokenizer, model: str, text: str, system: str | None) -> list[int]:
+    """A question as the model was taught to be asked."""
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"--chat: {model} has no chat template, so it was not taught to answer; leave --chat out")
+    messages = [{"role": "system", "content": system}] if system else []
+    return find_template(tokenizer, None, "chat").prompt_ids([*messages, {"role": "user", "content": text}])
 
 
 def _read_prompt(name: str) -> str:

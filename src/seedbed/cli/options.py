@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
@@ -24,7 +24,7 @@ SETTINGS = {
 class SectionOption(click.Option):
     """A flag that belongs to a documented section; its value is checked later, with all the others."""
 
-    def __init__(self, name: str, field: FieldInfo, section: type[Section]) -> None:
+    def __init__(self, name: str, field: FieldInfo, section: type[Section], regimes: Sequence[str]) -> None:
         self.section = section.__doc__ or ""
         many = typing.get_origin(field.annotation) is tuple
         flag = f"--{name}/--no_{name}" if _is_bool(field) else f"--{name}"
@@ -34,17 +34,17 @@ class SectionOption(click.Option):
             multiple=many,
             type=None if _is_bool(field) else str,
             metavar=None if _is_bool(field) else _metavar(field),
-            help=f"{field.description}{_default(name, field)}",
+            help=f"{field.description}{_default(name, field, regimes)}",
         )
 
 
-def sections(*classes: type[Section]) -> Callable[[Any], Any]:
-    """Give a command the flags of these sections."""
+def sections(*classes: type[Section], regimes: Sequence[str] = ("scratch",)) -> Callable[[Any], Any]:
+    """Give a command the flags of these sections; defaults that depend on the regime are shown for `regimes`."""
 
     def decorate(command: Any) -> Any:
         for section in reversed(classes):
             for name, field in reversed(section.model_fields.items()):
-                option = SectionOption(name, field, section)
+                option = SectionOption(name, field, section, regimes)
                 command.__click_params__ = [*getattr(command, "__click_params__", []), option]
         return command
 
@@ -115,9 +115,13 @@ def _metavar(field: FieldInfo) -> str:
     return "INTEGER" if "int" in text else "NUMBER" if "float" in text else "TEXT"
 
 
-def _default(name: str, field: FieldInfo) -> str:
+def _default(name: str, field: FieldInfo, regimes: Sequence[str]) -> str:
     if field.is_required():
-        return " [" + ", ".join(f"{values[name]} {regime}" for regime, values in REGIMES.items()) + "]"
+        values = {regime: REGIMES[regime][name] for regime in regimes}
+        if len(set(values.values())) > 1:
+            return " [" + ", ".join(f"{value:g} {regime}" for regime, value in values.items()) + "]"
+        value = values[regimes[0]]
+        return f" [{value:g}]" if isinstance(value, float) else f" [{value}]" if value else ""
     if field.default in (None, "", ()):
         return ""
     if isinstance(field.default, bool):

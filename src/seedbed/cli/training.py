@@ -13,17 +13,17 @@ from rich.console import Console
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
 from seedbed.cli.options import Verb, layers, sections
 from seedbed.config import (
-    SECTIONS,
+    REGIME_SECTIONS,
     TRAINED_HERE,
     Config,
-    DataOptions,
     Layer,
-    ModelOptions,
     SamplingOptions,
     option_names,
     read_config_file,
     resolve,
 )
+
+FINETUNING = ("finetune", "lora")
 
 config_option = click.option(
     "--config", metavar="FILE.yaml|PRESET", help="Values under the same names as the flags; flags win."
@@ -37,22 +37,37 @@ config_option = click.option(
 )
 @config_option
 @json_option
-@sections(*SECTIONS)
+@sections(*REGIME_SECTIONS["scratch"])
 @click.pass_context
 def pretrain(ctx: click.Context, /, config: str | None, as_json: bool, **_flags: Any) -> int:
     """Train a language model from scratch."""
-    resolved = resolve("scratch", layers(ctx, option_names(), config))
+    resolved = resolve("scratch", layers(ctx, option_names("scratch"), config))
+    return _train(resolved, make_console(as_json), as_json)
+
+
+@click.command(
+    cls=Verb,
+    epilog="Examples: seedbed finetune --model HuggingFaceTB/SmolLM2-135M-Instruct --data questions.json --lora; "
+    "seedbed finetune --model gpt2 --data book.txt. The same command again goes on with an unfinished run.",
+)
+@config_option
+@json_option
+@sections(*REGIME_SECTIONS["finetune"], regimes=FINETUNING)
+@click.pass_context
+def finetune(ctx: click.Context, /, config: str | None, as_json: bool, **_flags: Any) -> int:
+    """Adapt a pretrained model to your text or your instructions: whole, in part, or with LoRA."""
+    resolved = resolve("finetune", layers(ctx, option_names("finetune"), config))
     return _train(resolved, make_console(as_json), as_json)
 
 
 @click.command(cls=Verb, epilog="Example: seedbed demo")
 @json_option
-@sections(*SECTIONS)
+@sections(*REGIME_SECTIONS["scratch"])
 @click.pass_context
 def demo(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
     """The tour: train on the documentation inside your own Python, evaluate, generate. About two minutes."""
     output = Layer("preset demo", {"output": "runs/demo"})
-    resolved = resolve("scratch", [read_config_file("demo"), output, *layers(ctx, option_names())])
+    resolved = resolve("scratch", [read_config_file("demo"), output, *layers(ctx, option_names("scratch"))])
     console = make_console(as_json)
     if code := _train(resolved, console, as_json):
         return code
@@ -61,9 +76,9 @@ def demo(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
 
 
 def _train(config: Config, console: Console, as_json: bool) -> int:
-    from seedbed.train.pretrain import pretrain as run_pretraining
+    from seedbed.train.run import run_training
 
-    outcome = run_pretraining(config, console)
+    outcome = run_training(config, console)
     if as_json:
         print_json({"run": str(outcome.path), **outcome.summary})
     return outcome.exit_code
@@ -116,39 +131,59 @@ def plan() -> None:
 @plan.command("pretrain", cls=Verb, epilog="Example: seedbed plan pretrain --model gpt2-medium")
 @config_option
 @json_option
-@sections(*SECTIONS)
+@sections(*REGIME_SECTIONS["scratch"])
 @click.pass_context
 def plan_pretrain(ctx: click.Context, /, config: str | None, as_json: bool, **_flags: Any) -> None:
     """The parameters of a model and the memory that they take; needs no data and no weights."""
-    resolved = resolve("scratch", layers(ctx, option_names(), config))
-    facts = _parameters(resolved.model, resolved.data)
+    from seedbed.train.plan import plan_pretraining
+
+    resolved = resolve("scratch", layers(ctx, option_names("scratch"), config))
+    facts = plan_pretraining(resolved)
+    assumed = resolved.data.vocab_size is None and resolved.data.tokenizer in TRAINED_HERE
+    _print_plan(facts, as_json, " (assumed; see --vocab_size)" if assumed else "")
+
+
+@plan.command(
+    "finetune",
+    cls=Verb,
+    epilog="Example: seedbed plan finetune --model gpt2-medium --lora --lora_r 16 --lora_targets all-linear,head",
+)
+@config_option
+@json_option
+@sections(*REGIME_SECTIONS["finetune"], regimes=FINETUNING)
+@click.pass_context
+def plan_finetune(ctx: click.Context, /, config: str | None, as_json: bool, **_flags: Any) -> int:
+    """What would be trained and what may go wrong; with --data, what is in the data. Reads no weights.
+
+    With --strict the exit code is 2 when there is a warning.
+    """
+    from seedbed.train.plan import plan_finetuning
+    from seedbed.train.progress import Display
+
+    resolved = resolve("finetune", layers(ctx, option_names("finetune"), config))
+    display = Display(make_console(as_json), resolved.watching.log_every)
+    facts = plan_finetuning(resolved, display)
+    _print_plan(facts, as_json)
+    fatal = ("error", "warning") if resolved.watching.strict else ("error",)
+    return 2 if any(finding["level"] in fatal for finding in facts["findings"]) else 0
+
+
+def _print_plan(facts: dict[str, Any], as_json: bool, vocabulary_remark: str = "") -> None:
     if as_json:
         print_json(facts)
         return
-    assumed = resolved.data.vocab_size is None and resolved.data.tokenizer in TRAINED_HERE
-    print_facts(
-        {
-            "Parameters": f"{facts['parameters']:,}",
-            "Trainable": f"{facts['trainable_parameters']:,}",
-            "Weights": f"{facts['parameters_mb']:,.1f} MB in float32",
-            "Vocabulary": f"{facts['vocab_size']:,}{' (assumed; see --vocab_size)' if assumed else ''}",
-        }
-    )
-
-
-def _parameters(model: ModelOptions, data: DataOptions) -> dict[str, Any]:
-    from seedbed.model.decoder import num_parameters
-    from seedbed.text.tokenizer import Tokenizer
-    from seedbed.train.build import ASSUMED_VOCAB, decoder_config
-
-    if data.tokenizer in TRAINED_HERE:
-        vocab_size = data.vocab_size or ASSUMED_VOCAB
-    else:
-        vocab_size = Tokenizer.load(data.tokenizer).vocab_size
-    parameters = num_parameters(decoder_config(model, data, vocab_size))
-    return {
-        "parameters": parameters,
-        "trainable_parameters": parameters,
-        "parameters_mb": round(parameters * 4 / 2**20, 2),
-        "vocab_size": vocab_size,
+    parameters, trainable = facts["parameters"], facts["trainable_parameters"]
+    rows: dict[str, object] = {
+        "Parameters": f"{parameters:,}",
+        "Trainable": f"{trainable:,} ({trainable / parameters:.2%})" if trainable != parameters else f"{trainable:,}",
+        "Weights": f"{facts['parameters_mb']:,.1f} MB in float32",
+        "Vocabulary": f"{facts['vocab_size']:,}{vocabulary_remark}",
     }
+    if "steps" in facts:
+        rows["Tokens learnt an epoch"] = f"{facts['tokens']:,}"
+        rows["Steps an epoch"] = f"{facts['steps_per_epoch']:,}"
+        rows["Steps"] = "until the hours run out" if facts["steps"] is None else f"{facts['steps']:,}"
+    print_facts(rows)
+    for finding in facts.get("findings", []):
+        level = finding["level"].capitalize()
+        click.echo(f"\n{level} ({finding['name']}): {finding['message']}. {finding['remedy']}")

@@ -1,7 +1,7 @@
 """Every option of a training run: its name, type, default, range and meaning, written once.
 
 The command line, the config file, the Python API and the page of options are all made from these
-four records. A field without a default takes its value from the regime (`REGIMES`).
+records. A field without a default takes its value from the regime (`REGIMES`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ class TextOptions(Section):
     )
     val_data: str | None = Field(None, description="Held-out text; otherwise --val_split of --data.")
     val_split: Share = Field(0.1, description="Share of the documents held out, when --val_data is not given.")
+    format: Literal["auto", "text", "alpaca", "qa", "chat", "completion"] = Field(
+        "auto",
+        description="What --data holds: text, or rows with instruction/output (alpaca), question/answer (qa), "
+        "messages (chat), prompt/completion (completion); auto looks.",
+    )
     text_column: str = Field("text", description="Column of JSONL and Parquet rows that holds the text.")
     document: Literal["auto", "file", "blank_line", "article", "line"] = Field(
         "auto", description="What separates documents in plain text."
@@ -38,35 +43,87 @@ class TextOptions(Section):
 class DataOptions(TextOptions):
     """Data"""
 
-    tokenizer: str = Field(
-        "bpe", description="A tokenizer folder or hub id; or bpe / char: train one on the training text."
+    tokenizer: str | None = Field(
+        description="A tokenizer folder or hub id; or, from scratch, bpe / char: train one on the training text. "
+        "Fine-tuning takes the model's own."
     )
     vocab_size: Positive | None = Field(
         None, description="Size of a tokenizer trained here; by default it grows with the text, up to 8000."
     )
-    max_seq_len: Annotated[int, Field(ge=2)] = Field(256, description="Context: tokens in one row of a batch.")
+    max_seq_len: Annotated[int, Field(ge=2)] = Field(
+        description="Context: tokens in one row of a batch; at most what a pretrained model allows."
+    )
     packing: bool = Field(
         True,
         description="Fill rows with several documents that do not see each other; else pad and truncate.",
     )
+    chat_template: str | None = Field(
+        None,
+        description="How conversations become text: alpaca, qa, chatml, plain or a .jinja file; "
+        "by default the tokenizer's own template, else the one of --format.",
+    )
+    train_on_prompt: bool = Field(False, description="Learn the questions too, not only the answers.")
+    augment_word_swap: bool = Field(
+        False, description="Add a copy of every training document with neighbouring words swapped."
+    )
 
 
-class ModelOptions(Section):
+class PretrainedOptions(Section):
     """Model"""
 
     model: str = Field(
-        "small",
-        description="A preset (tiny, small, medium, distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl) "
-        "or a folder with a config.json.",
+        description="From scratch, a preset (tiny, small, medium, distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl) "
+        "or a folder with a config.json; to fine-tune, a model folder, a run, or a hub id.",
     )
+    dropout: Share | None = Field(
+        None, description="Dropout during training; by default none, and for a pretrained model what it has."
+    )
+
+
+class ModelOptions(PretrainedOptions):
+    """Model"""
+
     arch: Arch | None = Field(None, description="Family of the decoder.")
     d_model: Positive | None = Field(None, description="Width of the residual stream.")
     num_layers: Positive | None = Field(None, description="Number of blocks.")
     num_heads: Positive | None = Field(None, description="Query heads.")
     num_kv_heads: Positive | None = Field(None, description="Key and value heads; by default as many as --num_heads.")
     d_ff: Positive | None = Field(None, description="Width of the MLP; by default what the family's authors use.")
-    dropout: Share | None = Field(None, description="Dropout during training; by default none.")
     tie_embeddings: bool | None = Field(None, description="Use the embedding as the output head; by default yes.")
+
+
+class AdaptOptions(Section):
+    """What is trained"""
+
+    last_blocks: Positive | None = Field(
+        None, description="Train only the last N blocks (and what follows them); with --lora, adapters only there."
+    )
+    freeze: str | None = Field(
+        None,
+        description="Parts that stay as they are: a comma list of embeddings, attention, mlp, norms, head, or patterns "
+        "such as blocks.0.*.",
+    )
+    add_tokens: tuple[str, ...] = Field(
+        (), description="A new special token, which begins as the mean of the others; may be given several times."
+    )
+    lora: bool | None = Field(
+        None, description="Train small adapters beside frozen weights; the other lora flags imply it."
+    )
+    lora_r: Positive = Field(16, description="Rank of the adapters.")
+    lora_alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="Adapters are scaled by alpha / r.")
+    lora_dropout: Share = Field(0.0, description="Dropout of what enters an adapter.")
+    lora_targets: str = Field(
+        "all-linear",
+        description="Layers with adapters: a comma list of all-linear (all of the blocks), attention, mlp, head, "
+        "or patterns such as q_proj.",
+    )
+    lora_rslora: bool = Field(False, description="Scale by alpha / sqrt(r), for high ranks.")
+    lora_dora: bool = Field(False, description="Learn the size of each weight row apart from its direction (DoRA).")
+    lora_embeddings: bool = Field(False, description="Train the embeddings whole beside the adapters.")
+    base_precision: Literal["auto", "fp32", "bf16", "nf4"] = Field(
+        "auto",
+        description="Of weights that LoRA freezes: auto holds them as they are multiplied, nf4 in 4 bits (QLoRA).",
+    )
 
 
 class TrainingOptions(Section):
@@ -88,12 +145,17 @@ class TrainingOptions(Section):
         description="After warm-up; cosine_time reaches --min_lr when the hours run out, "
         "wsd stays at the peak and falls over the last fifth.",
     )
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimizer.")
+    optimizer: Literal["adamw", "adamw8bit", "sgd"] = Field(
+        "adamw", description="Optimizer; adamw8bit keeps its moments in a quarter of the memory."
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(description="Decoupled decay, on matrices only.")
     beta1: Share = Field(0.9, description="AdamW's first moment; SGD's momentum.")
     beta2: Share = Field(0.95, description="AdamW's second moment.")
     epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon.")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Clip the gradient's norm; 0 is off.")
+    neftune_alpha: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Noise on the embeddings while training (NEFTune), 5 to 15 is usual; 0 is off."
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="Of the matrix products; auto takes what this hardware accelerates."
     )
@@ -120,7 +182,11 @@ class WatchOptions(Section):
     resume: bool = Field(True, description="Go on with an unfinished run in the same folder.")
     resume_from: str | None = Field(None, description="Go on from this checkpoint folder.")
     tensorboard: bool = Field(True, description="Write TensorBoard files into the run folder.")
-    sample_prompt: str = Field("", description="The model continues this text at each validation.")
+    sample_prompt: str = Field(
+        "", description="At each validation the model continues this text, or answers it if it learns conversations."
+    )
+    strict: bool = Field(False, description="Do not start when a guardrail warns.")
+    allow: tuple[str, ...] = Field((), description="A finding to keep quiet about; may be given several times.")
 
 
 class SamplingOptions(Section):
@@ -145,21 +211,44 @@ class SamplingOptions(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="The same seed gives the same text.")
 
 
-SECTIONS: tuple[type[Section], ...] = (DataOptions, ModelOptions, TrainingOptions, WatchOptions)
+SECTIONS: tuple[type[Section], ...] = (DataOptions, ModelOptions, AdaptOptions, TrainingOptions, WatchOptions)
 
 TRAINED_HERE = ("bpe", "char")
 """Values of `tokenizer` that mean: train one on the training text."""
 
+_FINETUNE: dict[str, Any] = {
+    "tokenizer": None,
+    "max_seq_len": 512,
+    "model": "",
+    "epochs": 3,
+    "learning_rate": 2e-5,
+    "min_lr": 1e-6,
+    "warmup_ratio": 0.1,
+    "weight_decay": 0.01,
+}
+
 REGIMES: dict[str, dict[str, Any]] = {
     "scratch": {
+        "tokenizer": "bpe",
+        "max_seq_len": 256,
+        "model": "small",
         "epochs": 3,
         "learning_rate": 3e-4,
         "min_lr": 0.0,
         "warmup_ratio": 0.05,
         "weight_decay": 0.01,
     },
+    "finetune": _FINETUNE,
+    "lora": {**_FINETUNE, "learning_rate": 2e-4, "min_lr": 1e-5},
 }
 """Values that depend on what is being trained: 3e-4 suits a new model and ruins a pretrained one."""
+
+REGIME_SECTIONS: dict[str, tuple[type[Section], ...]] = {
+    "scratch": (DataOptions, ModelOptions, TrainingOptions, WatchOptions),
+    "finetune": (DataOptions, PretrainedOptions, AdaptOptions, TrainingOptions, WatchOptions),
+    "lora": (DataOptions, PretrainedOptions, AdaptOptions, TrainingOptions, WatchOptions),
+}
+"""The options that mean something in a regime."""
 
 FREE_TO_CHANGE = frozenset(
     [
@@ -171,11 +260,13 @@ FREE_TO_CHANGE = frozenset(
         "resume_from",
         "tensorboard",
         "device",
+        "strict",
+        "allow",
     ]
 )
 """Options an unfinished run may be continued with at another value: none of them changes its numbers."""
 
 
-def option_names() -> list[str]:
-    """All option names, in the order they are documented."""
-    return [name for section in SECTIONS for name in section.model_fields]
+def option_names(regime: str) -> list[str]:
+    """Names of the options of a regime, in the order they are documented."""
+    return [name for section in REGIME_SECTIONS[regime] for name in section.model_fields]

@@ -12,8 +12,11 @@ import yaml
 from pydantic import ValidationError
 
 from seedbed.config.options import (
+    REGIME_SECTIONS,
     REGIMES,
     SECTIONS,
+    TRAINED_HERE,
+    AdaptOptions,
     DataOptions,
     ModelOptions,
     Section,
@@ -26,6 +29,7 @@ from seedbed.errors import ConfigError, did_you_mean
 FLAGS = "the command line"
 S = TypeVar("S", bound=Section)
 NOT_CHOSEN = ("default", "preset", "regime")
+DOING = {"scratch": "training from scratch", "finetune": "fine-tuning", "lora": "fine-tuning"}
 
 
 @dataclass(frozen=True)
@@ -42,19 +46,23 @@ class Layer:
 class Config:
     """The resolved options of a run, by section, and the source of each value."""
 
+    regime: str
     data: DataOptions
     model: ModelOptions
+    adapt: AdaptOptions
     training: TrainingOptions
     watching: WatchOptions
     sources: Mapping[str, str]
 
     def values(self) -> dict[str, Any]:
-        """All options as one flat mapping, in documented order."""
-        return {name: value for section in self._sections() for name, value in section.model_dump().items()}
+        """The options that mean something in this regime as one flat mapping, in documented order."""
+        sections = (self.data, self.model, self.adapt, self.training, self.watching)
+        everything = {name: value for section in sections for name, value in section.model_dump().items()}
+        return {name: everything[name] for name in option_names(self.regime)}
 
     def update(self, source: str, **values: Any) -> Config:
         """A copy with some values replaced, once the program has found them out."""
-        return _build({**self.values(), **values}, {**self.sources, **dict.fromkeys(values, source)})
+        return _build(self.regime, {**self.values(), **values}, {**self.sources, **dict.fromkeys(values, source)})
 
     def is_given(self, name: str) -> bool:
         """Whether the user chose this value, by a flag or in a file."""
@@ -63,32 +71,32 @@ class Config:
     def adopt(self, values: Mapping[str, Any], sources: Mapping[str, str]) -> Config:
         """A copy with `values` and where they once came from, such as those a run was begun with."""
         kept = {name: sources.get(name, "default") for name in values}
-        return _build({**self.values(), **values}, {**self.sources, **kept})
+        return _build(self.regime, {**self.values(), **values}, {**self.sources, **kept})
 
     def to_yaml(self) -> str:
         """The text of `config.yaml`: flat values, readable by `--config`, then their sources."""
-        return yaml.safe_dump({**self.values(), "sources": dict(self.sources)}, sort_keys=False)
-
-    def _sections(self) -> tuple[Section, ...]:
-        return (self.data, self.model, self.training, self.watching)
+        content = {"regime": self.regime, **self.values(), "sources": dict(self.sources)}
+        return yaml.safe_dump(content, sort_keys=False)
 
 
 def resolve(regime: str, layers: Sequence[Layer]) -> Config:
-    """Merge `layers` (weakest first) over the defaults of `regime`.
+    """Merge `layers` (weakest first) over the defaults of `regime`; `finetune` becomes `lora` when they ask for it.
 
     Raises:
         ConfigError: listing every unknown name, wrong type and contradiction at once.
     """
-    problems = [problem for layer in layers for problem in _unknown(layer)]
-    layers = [Layer(f"regime {regime}", REGIMES[regime]), *_with_preset(layers, problems)]
+    problems = [problem for layer in layers for problem in _unknown(regime, layer)]
+    if regime == "finetune" and _asks_for_lora(layers):
+        regime = "lora"
+    presets = _preset_layer(layers, problems) if regime == "scratch" else []
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for layer in layers:
-        known = {name: value for name, value in layer.values.items() if name in option_names()}
+    for layer in [Layer(f"regime {regime}", REGIMES[regime]), *presets, *layers]:
+        known = {name: value for name, value in layer.values.items() if name in option_names(regime)}
         _let_one_warmup_win(known, values, layer.source, sources, problems)
         values.update(known)
         sources.update({name: layer.origins.get(name, layer.source) for name in known})
-    config = _build(values, sources, problems)
+    config = _build(regime, values, sources, problems)
     if contradictions := [*problems, *_contradictions(config)]:
         raise ConfigError(contradictions)
     return config
@@ -113,6 +121,7 @@ def read_config_file(name: str) -> Layer:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"--config {name}: expected lines such as `learning_rate: 0.0003`.")
     sources = values.pop("sources", {})
+    values.pop("regime", None)
     origins = {key: place for key, place in sources.items() if place.startswith(NOT_CHOSEN)}
     return Layer(name, {key.replace("-", "_"): value for key, value in values.items()}, origins)
 
@@ -149,28 +158,41 @@ def where(name: str, value: Any, source: str) -> str:
     return f"--{name} {value} ({place})"
 
 
-def _unknown(layer: Layer) -> Iterable[str]:
-    names = option_names()
+def _unknown(regime: str, layer: Layer) -> Iterable[str]:
+    names = option_names(regime)
+    elsewhere = {name for other in REGIME_SECTIONS for name in option_names(other)}
     for name in layer.values:
         if name not in names:
             place = "" if layer.source == FLAGS else f" in {layer.source}"
             what = f"--{name}" if layer.source == FLAGS else name
-            yield f"unknown option {what}{place}{did_you_mean(name, names)}"
+            if name in elsewhere:
+                yield f"{what}{place} has no meaning when {DOING[regime]}; leave it out"
+            else:
+                yield f"unknown option {what}{place}{did_you_mean(name, names)}"
 
 
-def _with_preset(layers: Sequence[Layer], problems: list[str]) -> list[Layer]:
-    """Put the preset that `model` names beneath the layers, so that every flag and file value wins over it."""
+def _asks_for_lora(layers: Sequence[Layer]) -> bool:
+    """Whether `lora` is on, or not off and one of the options of adapters is given."""
+    given = {name: value for layer in layers for name, value in layer.values.items()}
+    if given.get("lora") is not None:
+        return bool(given["lora"])
+    chosen = [name for layer in layers for name in layer.values if name not in layer.origins]
+    return any(name.startswith("lora_") for name in chosen)
+
+
+def _preset_layer(layers: Sequence[Layer], problems: list[str]) -> list[Layer]:
+    """The preset that `model` names; it goes beneath the layers, so that every flag and file value wins over it."""
     named = [layer for layer in layers if "model" in layer.values]
-    name = str(named[-1].values["model"]) if named else ModelOptions.model_fields["model"].default
+    name = str(named[-1].values["model"]) if named else REGIMES["scratch"]["model"]
     if name in preset_names():
-        return [Layer(f"preset {name}", read_preset(name)), *layers]
+        return [Layer(f"preset {name}", read_preset(name))]
     if not (Path(name) / "config.json").is_file():
         place = where("model", name, named[-1].source)
         problems.append(
             f"{place}: no preset of that name ({', '.join(preset_names())}) and no folder with a config.json"
             f"{did_you_mean(name, preset_names())}"
         )
-    return list(layers)
+    return []
 
 
 def _let_one_warmup_win(
@@ -186,7 +208,7 @@ def _let_one_warmup_win(
         sources.pop(name, None)
 
 
-def _build(values: Mapping[str, Any], sources: Mapping[str, str], problems: Sequence[str] = ()) -> Config:
+def _build(regime: str, values: Mapping[str, Any], sources: Mapping[str, str], problems: Sequence[str] = ()) -> Config:
     found = list(problems)
     sections: list[Any] = []
     for section in SECTIONS:
@@ -202,9 +224,9 @@ def _build(values: Mapping[str, Any], sources: Mapping[str, str], problems: Sequ
             found += [_explain(detail, values, sources) for detail in details]
     if len(sections) < len(SECTIONS) or len(found) > len(problems):
         raise ConfigError(found)
-    data, model, training, watching = sections
-    all_sources = {name: sources.get(name, "default") for name in option_names()}
-    return Config(data, model, training, watching, all_sources)
+    all_sources = {name: sources.get(name, "default") for name in option_names(regime)}
+    data, model, adapt, training, watching = sections
+    return Config(regime, data, model, adapt, training, watching, all_sources)
 
 
 def _is_number(section: type[Section], name: str) -> bool:
@@ -220,7 +242,7 @@ def _explain(detail: Any, values: Mapping[str, Any], sources: Mapping[str, str])
 
 
 def _contradictions(config: Config) -> Iterable[str]:
-    training, sources = config.training, config.sources
+    data, training, adapt, sources = config.data, config.training, config.adapt, config.sources
 
     def say(name: str) -> str:
         return where(name, config.values()[name], sources[name])
@@ -229,11 +251,26 @@ def _contradictions(config: Config) -> Iterable[str]:
         yield f"{say('min_lr')} is above {say('learning_rate')}; lower it"
     if training.lr_schedule == "constant" and sources["min_lr"] == FLAGS:
         yield f"{say('min_lr')} has no meaning with --lr_schedule constant; leave one of them out"
-    if config.data.val_data and sources["val_split"] == FLAGS and config.data.val_split > 0:
+    if data.val_data and sources["val_split"] == FLAGS and data.val_split > 0:
         yield f"{say('val_split')} contradicts {say('val_data')}; leave one of them out"
-    if config.data.vocab_size and config.data.tokenizer != "bpe" and sources["vocab_size"] == FLAGS:
+    if data.vocab_size and data.tokenizer != "bpe" and sources["vocab_size"] == FLAGS:
         yield f"{say('vocab_size')} only applies to a tokenizer trained here; leave it out with {say('tokenizer')}"
     if training.optimizer == "sgd":
         for name in ("beta2", "epsilon"):
             if sources[name] == FLAGS:
                 yield f"{say(name)} has no meaning with --optimizer sgd; leave it out"
+    if config.regime == "scratch":
+        return
+    if not config.model.model:
+        yield "--model is missing: name a model folder, a run, or a hub id such as HuggingFaceTB/SmolLM2-135M"
+    if data.tokenizer in TRAINED_HERE:
+        yield f"{say('tokenizer')}: a pretrained model only knows its own tokenizer; leave it out"
+    if config.regime == "finetune":
+        for name in (*(n for n in AdaptOptions.model_fields if n.startswith("lora_")), "base_precision"):
+            if config.is_given(name):
+                yield f"{say(name)} has no meaning without --lora; leave it out, or add --lora"
+        return
+    if adapt.freeze:
+        yield f"{say('freeze')} contradicts --lora, which freezes everything but its adapters; choose --lora_targets"
+    if adapt.add_tokens and not adapt.lora_embeddings:
+        yield f"{say('add_tokens')}: new tokens learn nothing while the embeddings are frozen; add --lora_embeddings"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seedbed.data.rows import Row
+from seedbed.data.rows import NO_TARGET, Ints, Row
 
 
 @final
@@ -19,7 +19,7 @@ class Batch:
     """B rows of T tokens; every tensor is (B, T) int64."""
 
     input_ids: Tensor
-    labels: Tensor  # -100 where nothing is predicted (padding)
+    labels: Tensor  # -100 where nothing is predicted: padding, and what the loss mask leaves out
     position_ids: Tensor  # restart at 0 in each document
     segment_ids: Tensor | None  # which document of its row a token belongs to; None when every row is one document
 
@@ -34,12 +34,23 @@ class Batch:
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """Stack rows of one length into a batch."""
+    """Stack rows of one length into a batch.
+
+    Places after the last target of all rows decide nothing, because attention looks back only; they are cut,
+    to a multiple of 8 tokens.
+    """
     assert rows
+    labels = np.stack([row.labels for row in rows])  # (B, T)
+    predicted = np.flatnonzero((labels != NO_TARGET).any(axis=0))
+    width = -(-(int(predicted[-1]) + 1) // 8) * 8 if len(predicted) else 8
+
+    def stacked(arrays: Sequence[Ints]) -> Tensor:
+        return torch.from_numpy(np.stack([array[:width] for array in arrays]))  # (B, width)
+
     one_document = all(row.segment_ids[-1] == 0 for row in rows)
     return Batch(
-        input_ids=torch.from_numpy(np.stack([row.input_ids for row in rows])),  # (B, T)
-        labels=torch.from_numpy(np.stack([row.labels for row in rows])),
-        position_ids=torch.from_numpy(np.stack([row.position_ids for row in rows])),
-        segment_ids=None if one_document else torch.from_numpy(np.stack([row.segment_ids for row in rows])),
+        input_ids=stacked([row.input_ids for row in rows]),
+        labels=stacked([row.labels for row in rows]),
+        position_ids=stacked([row.position_ids for row in rows]),
+        segment_ids=None if one_document else stacked([row.segment_ids for row in rows]),
     )

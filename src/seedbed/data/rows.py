@@ -1,7 +1,7 @@
 """Rows of tokens for training and validation: which text is row `index` of epoch `epoch`.
 
     T  max_seq_len: tokens in a row
-    N  target tokens in all: each document's tokens and its end of text
+    N  target tokens in all: each document's tokens and its end of text, or those that its loss mask leaves
 
 A row is a pure function of (seed, epoch, index). Nothing is kept between calls but the order of one epoch,
 so any process can ask for any row, and resuming is asking for the next one.
@@ -36,7 +36,7 @@ class Row:
 
 @final
 class PackedRows:
-    """Documents one after another, cut into rows of T targets: no token is padding but in the last row.
+    """Texts one after another, cut into rows of T targets: no token is padding but in the last row.
 
     In an epoch the documents, shuffled, form the stream `eos d1 eos d2 eos …`. Row k takes its targets from
     k·T on; its inputs are one place to the left. The rows are then visited in another shuffled order, so that
@@ -47,6 +47,7 @@ class PackedRows:
 
     def __init__(self, store: Store, documents: Ints, max_seq_len: int, seed: int, *, shuffle: bool = True) -> None:
         assert max_seq_len > 0
+        assert store.mask is None, "an answer is never cut from its question"
         self._store = store
         self._documents = np.asarray(documents, dtype=np.int64)
         self._seed = seed
@@ -104,53 +105,120 @@ class PackedRows:
 
 
 @final
-class PaddedRows:
-    """One document in a row: `eos` and its tokens, with its end of text as the last target.
+class WholeRows:
+    """Whole documents, one in a row or as many as fit, padded to T: an answer is never cut from its question.
 
-    A document of more than T targets is cut, a shorter one is padded; `truncated_documents`,
-    `truncated_tokens` and `padding` (share of all places that hold nothing) say what that cost.
+    With `pack` the documents are put into rows once (best fit, longest first), and an epoch shuffles the rows;
+    those of one row do not see each other. A document of more than T targets is cut at T. One that has no
+    target of the loss left is passed over.
+
+    Raises DataError when no document has a target.
     """
 
-    def __init__(self, store: Store, documents: Ints, max_seq_len: int, seed: int, *, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        store: Store,
+        documents: Ints,
+        max_seq_len: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        pack: bool = False,
+    ) -> None:
         assert max_seq_len > 0
+        if len(documents) == 0:
+            raise DataError("there are no documents to make rows of; give --data more text")
         self._store = store
-        self._documents = np.asarray(documents, dtype=np.int64)
         self._seed = seed
         self._shuffle = shuffle
         self.max_seq_len = max_seq_len
-        if len(self._documents) == 0:
-            raise DataError("there are no documents to make rows of; give --data more text")
-        lengths = np.diff(store.offsets)[self._documents]
-        kept = np.minimum(lengths, max_seq_len)
-        self.num_targets = int(kept.sum())
-        self.padding = 1 - self.num_targets / (len(lengths) * max_seq_len)
+        documents = np.asarray(documents, dtype=np.int64)
+        targets = _targets_within(store, documents, max_seq_len)  # (documents,)
+        self.num_targets = int(targets.sum())
+        self.untrained_documents = int((targets == 0).sum())
+        lengths = np.diff(store.offsets)[documents]
+        self.longest = int(lengths.max())
         self.truncated_documents = int((lengths > max_seq_len).sum())
-        self.truncated_tokens = int((lengths - kept).sum())
+        self.truncated_tokens = int((lengths - np.minimum(lengths, max_seq_len)).sum())
+        if self.num_targets == 0:
+            raise DataError(
+                f"every label is masked: none of the {len(documents):,} examples has a token to learn within "
+                f"--max_seq_len {max_seq_len}; the longest needs {self.longest:,}. Raise it, or see the mask: "
+                "`seedbed data show`"
+            )
+        documents, kept = documents[targets > 0], np.minimum(lengths[targets > 0], max_seq_len)
+        if shuffle:
+            order = permutation(seed, 0, 0, len(documents))
+            documents, kept = documents[order], kept[order]
+        bins = best_fit(kept, max_seq_len) if pack else [[place] for place in range(len(documents))]
+        self._rows = [documents[places] for places in bins]
+        self.padding = 1 - int(kept.sum()) / (len(bins) * max_seq_len)
         self._order: tuple[int, Ints] | None = None
 
     def __len__(self) -> int:
-        """Rows in an epoch: the number of documents."""
-        return len(self._documents)
+        """Rows in an epoch; the same in all."""
+        return len(self._rows)
 
     def row(self, epoch: int, index: int) -> Row:
         """Row `index` of an epoch. Raises IndexError outside 0 … len - 1."""
         _check_index(index, len(self))
-        document = int(self._epoch(epoch)[index])
-        labels = self._store.tokens(document)[: self.max_seq_len].astype(np.int64)
-        inputs = np.empty_like(labels)
-        inputs[0] = self._store.eos_id
-        inputs[1:] = labels[:-1]
-        positions = np.arange(len(labels))
-        return _padded(inputs, labels, positions, np.zeros_like(labels), self.max_seq_len, self._store.eos_id)
+        parts = [self._part(int(document)) for document in self._rows[self._epoch(epoch)[index]]]
+        labels, inputs = (np.concatenate([part[which] for part in parts]) for which in (0, 1))
+        lengths = [len(part[0]) for part in parts]
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        segments = np.repeat(np.arange(len(parts)), lengths)
+        return _padded(inputs, labels, positions, segments, self.max_seq_len, self._store.eos_id)
+
+    def _part(self, document: int) -> tuple[Ints, Ints]:
+        """Labels and inputs of one document, at most T of each."""
+        targets = self._store.tokens(document)[: self.max_seq_len].astype(np.int64)
+        inputs = np.empty_like(targets)
+        inputs[0] = self._store.starts[document]
+        inputs[1:] = targets[:-1]
+        return np.where(self._store.trained(document)[: len(targets)], targets, NO_TARGET), inputs
 
     def _epoch(self, epoch: int) -> Ints:
         order = self._order
         if order is None or order[0] != epoch:
-            documents = self._documents
-            if self._shuffle:
-                documents = documents[permutation(self._seed, epoch, 0, len(documents))]
-            self._order = order = (epoch, documents)
+            rows = permutation(self._seed, epoch, 1, len(self)) if self._shuffle else np.arange(len(self))
+            self._order = order = (epoch, rows)
         return order[1]
+
+
+def best_fit(lengths: Ints, capacity: int) -> list[list[int]]:
+    """Places of `lengths` (n,) in bins of `capacity`: longest first, each into the fullest bin with room for it.
+
+    >>> best_fit(np.array([5, 3, 6, 2]), 8)
+    [[2, 3], [0, 1]]
+    """
+    bins: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # room left to the bins that have it
+    rooms = 0  # bit r is set when some bin has room r
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[place])
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1
+            number = with_room[room].pop()
+            if not with_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, number = capacity, len(bins)
+            bins.append([])
+        bins[number].append(place)
+        with_room.setdefault(room - length, []).append(number)
+        rooms |= 1 << (room - length)
+    return bins
+
+
+def _targets_within(store: Store, documents: Ints, limit: int) -> Ints:
+    """How many of each document's first `limit` tokens are targets of the loss, (documents,)."""
+    lengths = np.minimum(np.diff(store.offsets)[documents], limit)
+    if store.mask is None:
+        return lengths
+    before = np.concatenate([[0], np.cumsum(store.mask, dtype=np.int64)])  # (tokens + 1,)
+    first = store.offsets[documents]
+    return np.asarray(before[first + lengths] - before[first])
 
 
 def permutation(seed: int, epoch: int, stream: int, length: int) -> Ints:

@@ -1,11 +1,13 @@
 """The tokenized store: a text as token ids on disk, made once and mapped into memory by every run.
 
-CACHE/KEY/          KEY is the fingerprint of the text, the tokenizer and this format
-  tokens.bin        each document's tokens and then the end-of-text token, uint16 or uint32
+CACHE/KEY/          KEY is the fingerprint of the text, the tokenizer, the template and this format
+  tokens.bin        what is predicted: each document's tokens and then its end, uint16 or uint32
   offsets.bin       (documents + 1,) int64: where each begins in tokens.bin, in tokens
+  starts.bin        (documents,) int64: the token that stands before each: end of text, or its template's first
   digests.bin       (documents,) uint64: BLAKE2b of the text
-  bytes.bin         (documents,) int64: size of the text in UTF-8
-  words.bin         (documents,) int64: words of the text, between white space
+  bytes.bin         (documents,) int64: size of the text in UTF-8; of a conversation's, as it was read
+  target_bytes.bin  (documents,) int64: the part of it that the loss counts
+  mask.bin          conversations only, bool: whether each token of tokens.bin is a target of the loss
   store.json        written last: what the others must look like
 """
 
@@ -19,21 +21,25 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from seedbed.data.conversations import from_document
 from seedbed.data.sources import Source
 from seedbed.errors import StorageError
+from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer, batches_of_text
 
-FORMAT = 1
-INDEX = {"offsets": np.int64, "digests": np.uint64, "bytes": np.int64, "words": np.int64}
+FORMAT = 2
+INDEX = {"offsets": np.int64, "starts": np.int64, "digests": np.uint64, "bytes": np.int64, "target_bytes": np.int64}
+CONVERSATIONS_AT_ONCE = 256
 
 # A longer document is encoded in pieces, so that one huge document needs no huge memory.
 PIECE_CHARS = 2**18
@@ -51,9 +57,12 @@ class Store:
     vocab_size: int
     stream: NDArray[np.uint16] | NDArray[np.uint32] = field(repr=False)  # (tokens,)
     offsets: NDArray[np.int64] = field(repr=False)  # (documents + 1,)
+    starts: NDArray[np.int64] = field(repr=False)  # (documents,)
     digests: NDArray[np.uint64] = field(repr=False)  # (documents,)
     num_bytes: NDArray[np.int64] = field(repr=False)  # (documents,)
-    num_words: NDArray[np.int64] = field(repr=False)  # (documents,)
+    target_bytes: NDArray[np.int64] = field(repr=False)  # (documents,)
+    mask: NDArray[np.bool_] | None = field(repr=False)  # (tokens,); None where every token is a target
+    without_end: int  # conversations with an answer whose end is not a target
 
     @property
     def num_documents(self) -> int:
@@ -65,14 +74,33 @@ class Store:
         return len(self.stream)
 
     def tokens(self, document: int) -> NDArray[np.uint16] | NDArray[np.uint32]:
-        """The tokens of one document and its end of text, (n + 1,)."""
+        """What is predicted of one document: a text's tokens and its end of text, (n,)."""
         return self.stream[self.offsets[document] : self.offsets[document + 1]]
+
+    def trained(self, document: int) -> NDArray[np.bool_]:
+        """Which of the document's tokens are targets of the loss, (n,)."""
+        first, end = self.offsets[document : document + 2]
+        return np.ones(end - first, dtype=np.bool_) if self.mask is None else self.mask[first:end]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents become tokens: texts by the tokenizer alone, conversations through a template."""
+
+    tokenizer: Tokenizer
+    template: Template | None = None
+    train_on_prompt: bool = False
+
+    def key(self) -> tuple[object, ...]:
+        """What the tokens depend on."""
+        template = (self.template.fingerprint, self.train_on_prompt) if self.template else ()
+        return (self.tokenizer.fingerprint, self.tokenizer.eos_id, *template)
 
 
 def open_store(
-    source: Source, tokenizer: Tokenizer, *, cache: Path | None = None, progress: Progress | None = None
+    source: Source, reading: Reading, *, cache: Path | None = None, progress: Progress | None = None
 ) -> Store:
-    """The store of a source under a tokenizer: found in `cache`, or made there.
+    """The store of a source as it is read: found in `cache`, or made there.
 
     cache: $SEEDBED_CACHE or ~/.cache/seedbed when not given.
     progress: called with (bytes done, bytes in all) while the store is made.
@@ -81,7 +109,7 @@ def open_store(
     made again with a warning. Raises DataError for broken text, StorageError when it cannot be written.
     """
     cache = cache or Path(os.environ.get("SEEDBED_CACHE") or Path("~/.cache/seedbed").expanduser())
-    key = _key(source, tokenizer)
+    key = _key(source, reading)
     folder = cache / key
     if folder.is_dir() and (store := _open(folder)):
         return store
@@ -94,7 +122,7 @@ def open_store(
                 warnings.warn(f"the tokenized store {folder} is damaged; making it again", stacklevel=2)
                 shutil.rmtree(folder)
             _remove_dead_builds(cache, key)
-            _build(folder, source, tokenizer, progress)
+            _build(folder, source, reading, progress)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
             raise
@@ -107,8 +135,8 @@ def open_store(
     return store
 
 
-def _key(source: Source, tokenizer: Tokenizer) -> str:
-    parts = (FORMAT, PIECE_CHARS, source.fingerprint(), tokenizer.fingerprint, tokenizer.eos_id)
+def _key(source: Source, reading: Reading) -> str:
+    parts = (FORMAT, PIECE_CHARS, source.fingerprint(), *reading.key())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -128,9 +156,12 @@ def _open(folder: Path) -> Store | None:
             vocab_size=facts["vocab_size"],
             stream=stream,
             offsets=index["offsets"],
+            starts=index["starts"],
             digests=index["digests"],
             num_bytes=index["bytes"],
-            num_words=index["words"],
+            target_bytes=index["target_bytes"],
+            mask=_map(folder / "mask.bin", np.bool_) if "mask.bin" in facts["sizes"] else None,
+            without_end=facts["without_end"],
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -141,12 +172,12 @@ def _map(path: Path, dtype: DTypeLike) -> NDArray[Any]:
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
-def _build(folder: Path, source: Source, tokenizer: Tokenizer, progress: Progress | None) -> None:
+def _build(folder: Path, source: Source, reading: Reading, progress: Progress | None) -> None:
     """Make the store beside its place and move it there whole, so that no half of one is ever seen."""
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent) as name:
         private = Path(name) / folder.name
         private.mkdir()
-        facts = _tokenize(private, source, tokenizer, progress)
+        facts = _tokenize(private, source, reading, progress)
         facts["sizes"] = {path.name: path.stat().st_size for path in sorted(private.iterdir())}
         with (private / "store.json").open("wb") as file:
             file.write(json.dumps(facts, indent=2).encode())
@@ -164,42 +195,39 @@ def _build(folder: Path, source: Source, tokenizer: Tokenizer, progress: Progres
 
 @dataclass
 class _Batch:
-    """Some documents, ready to be encoded."""
+    """Some documents as they stand in the store; every list but `ids` and `mask` has one entry a document."""
 
-    pieces: list[str]
-    pieces_in: list[int]
+    ids: list[int]
+    mask: list[bool]
+    lengths: list[int]
+    starts: list[int]
     digests: list[int]
     num_bytes: list[int]
-    num_words: list[int]
+    target_bytes: list[int]
+    without_end: int = 0
 
 
-def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, progress: Progress | None) -> dict[str, Any]:
+def _tokenize(folder: Path, source: Source, reading: Reading, progress: Progress | None) -> dict[str, Any]:
     """Write tokens.bin and the index; returns what store.json says, all but the sizes of the files."""
+    tokenizer, masked = reading.tokenizer, reading.template is not None
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    total, done, num_documents, num_tokens = source.num_bytes, 0, 0, 0
-    batches = _prepare(source.documents())
-    # The next batch is read and prepared by a thread while the tokenizer, which is not Python, has the cores.
-    with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in ("tokens", *INDEX)}
+    total, done, num_documents, num_tokens, without_end = source.num_bytes, 0, 0, 0, 0
+    batches = _conversations(source, reading) if masked else _texts(source, tokenizer)
+    with contextlib.ExitStack() as stack, contextlib.closing(batches):
+        names = ("tokens", *INDEX, *(["mask"] if masked else []))
+        files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in names}
         files["offsets"].write(bytes(8))
-        reader = stack.enter_context(ThreadPoolExecutor(1))
-        upcoming = reader.submit(next, batches, None)
-        while batch := upcoming.result():
-            upcoming = reader.submit(next, batches, None)
-            encoded = iter(tokenizer.encode_batch(batch.pieces))
-            ids: list[int] = []
-            ends: list[int] = []
-            for count in batch.pieces_in:
-                for _ in range(count):
-                    ids += next(encoded)
-                ids.append(tokenizer.eos_id)
-                ends.append(num_tokens + len(ids))
-            columns = (ends, batch.digests, batch.num_bytes, batch.num_words)
-            files["tokens"].write(np.array(ids, dtype=dtype).tobytes())
+        for batch in batches:
+            ends = num_tokens + np.cumsum(batch.lengths)
+            columns = (ends, batch.starts, batch.digests, batch.num_bytes, batch.target_bytes)
+            files["tokens"].write(np.array(batch.ids, dtype=dtype).tobytes())
+            if masked:
+                files["mask"].write(np.array(batch.mask, dtype=np.bool_).tobytes())
             for (name, index_dtype), column in zip(INDEX.items(), columns, strict=True):
                 files[name].write(np.array(column, dtype=index_dtype).tobytes())
-            num_tokens += len(ids)
+            num_tokens += len(batch.ids)
             num_documents += len(ends)
+            without_end += batch.without_end
             done += sum(batch.num_bytes)
             if progress:
                 progress(min(done, total), total)
@@ -217,20 +245,63 @@ def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, progress: Prog
         "dtype": dtype.name,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
+        "without_end": without_end,
     }
 
 
-def _prepare(documents: Iterator[str]) -> Iterator[_Batch]:
-    for texts in batches_of_text(documents):
-        pieces = [split_long(text) for text in texts]
-        raw = [text.encode() for text in texts]
-        yield _Batch(
-            pieces=[piece for some in pieces for piece in some],
-            pieces_in=[len(some) for some in pieces],
-            digests=[digest(data) for data in raw],
-            num_bytes=[len(data) for data in raw],
-            num_words=[len(text.split()) for text in texts],
-        )
+def _texts(source: Source, tokenizer: Tokenizer) -> Generator[_Batch]:
+    """Texts as tokens, each with its end of text; the start marker of each is an end of text, too."""
+    pieces_of = (
+        (texts, [split_long(text) for text in texts], [text.encode() for text in texts])
+        for texts in batches_of_text(source.documents())
+    )
+    # The next batch is read and prepared by a thread while the tokenizer, which is not Python, has the cores.
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(next, pieces_of, None)
+        while prepared := upcoming.result():
+            upcoming = reader.submit(next, pieces_of, None)
+            texts, pieces, raw = prepared
+            encoded = iter(tokenizer.encode_batch([piece for some in pieces for piece in some]))
+            ids: list[int] = []
+            lengths = []
+            for some in pieces:
+                before = len(ids)
+                for _ in some:
+                    ids += next(encoded)
+                ids.append(tokenizer.eos_id)
+                lengths.append(len(ids) - before)
+            num_bytes = [len(data) for data in raw]
+            starts = [tokenizer.eos_id] * len(texts)
+            yield _Batch(ids, [], lengths, starts, [digest(data) for data in raw], num_bytes, num_bytes)
+
+
+def _conversations(source: Source, reading: Reading) -> Generator[_Batch]:
+    """Conversations through the template: the first token is only seen, unless an answer begins with it."""
+    assert reading.template is not None
+    tokenizer, learn_all = reading.tokenizer, reading.train_on_prompt
+    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    remaining = source.documents()
+    while documents := list(islice(remaining, CONVERSATIONS_AT_ONCE)):
+        batch = _Batch([], [], [], [], [], [], [])
+        for document in documents:
+            messages = from_document(document)
+            example = reading.template.example(messages, learn_all)
+            ids, mask = example.token_ids, example.trained
+            if not mask[0] or learn_all:
+                start, ids, mask = ids[0], ids[1:], mask[1:]
+            else:
+                start = first
+            raw = document.encode()
+            learnt = [m["content"] for m in messages if learn_all or m["role"] == "assistant"]
+            batch.ids += ids
+            batch.mask += mask
+            batch.lengths.append(len(ids))
+            batch.starts.append(start)
+            batch.digests.append(digest(raw))
+            batch.num_bytes.append(len(raw))
+            batch.target_bytes.append(sum(len(text.encode()) for text in learnt))
+            batch.without_end += not example.ends
+        yield batch
 
 
 def digest(text: bytes) -> int:

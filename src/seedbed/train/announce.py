@@ -4,33 +4,42 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from seedbed.config import Config
-from seedbed.data import PaddedRows
-from seedbed.device import describe
-from seedbed.model.config import DecoderConfig
-from seedbed.model.decoder import num_parameters
+from seedbed.data import WholeRows
+from seedbed.device import describe, pick_device
+from seedbed.findings import Finding
+from seedbed.model.decoder import Decoder
 from seedbed.schedule import Schedule
 from seedbed.train.corpus import Corpus, Texts
 from seedbed.train.progress import Display
 
+TITLES = {
+    "scratch": "Pre-training a language model",
+    "finetune": "Fine-tuning a language model",
+    "lora": "Fine-tuning a language model with LoRA",
+}
 
-def banner(display: Display, config: Config, texts: Texts, device: torch.device, run: Path) -> None:
+
+def banner(display: Display, config: Config, texts: Texts, run: Path) -> None:
     """The settings that matter most, before anything slow."""
-    data, training = config.data, config.training
+    data, training, adapt = config.data, config.training, config.adapt
     if texts.validation is None:
         validation = f"{data.val_split:.0%} split" if data.val_split else "none"
     else:
         validation = data.val_data or f"{data.data} ({texts.validation.split} split)"
     warmup = f"{training.warmup_ratio:.0%} of the run" if training.warmup_steps is None else training.warmup_steps
+    what: dict[str, object] = {"Tokenizer": data.tokenizer} if data.tokenizer else {}
+    if config.regime != "scratch":
+        what = {"Model": config.model.model, **what}
+    if config.regime == "lora":
+        what["LoRA"] = f"rank {adapt.lora_r}, alpha {adapt.lora_alpha:g}, on {adapt.lora_targets}"
     display.banner(
-        "Pre-training a language model",
+        TITLES[config.regime],
         {
-            "Device": f"{describe(device)}, {training.precision}",
-            "Data": data.data,
+            "Device": f"{describe(pick_device(training.device))}, {training.precision}",
+            **what,
+            "Data": f"{data.data} ({texts.train.format})",
             "Validation": validation,
-            "Tokenizer": data.tokenizer,
             "Batch size": training.batch_size,
             "Gradient accumulation": training.grad_accumulation,
             "Learning rate": f"{training.learning_rate:g}",
@@ -47,21 +56,31 @@ def describe_corpus(display: Display, corpus: Corpus, texts: Texts) -> None:
     held, rows = corpus.validation, corpus.rows
     size = f"{corpus.num_bytes / 1e6:.2f} MB"
     display.line()
-    display.line(f"Loaded {corpus.num_documents:,} training documents, {size} of {texts.train.name}")
+    kind = "conversations" if texts.are_conversations else "documents"
+    display.line(f"Loaded {corpus.num_documents:,} training {kind}, {size} of {texts.train.name}")
     if held is not None:
-        display.line(f"Validation: {held.num_documents:,} documents, {held.num_bytes / 1e6:.2f} MB")
+        display.line(f"Validation: {held.num_documents:,} {kind}, {held.num_bytes / 1e6:.2f} MB")
     display.line(
         f"Training samples: {len(rows):,} rows of {rows.max_seq_len} tokens, {rows.num_targets:,} tokens an epoch"
     )
-    if isinstance(rows, PaddedRows):
-        display.line(
-            f"  {rows.padding:.1%} of them is padding; {rows.truncated_documents:,} documents were cut, "
-            f"{rows.truncated_tokens:,} tokens lost (packing wastes none)"
-        )
+    if isinstance(rows, WholeRows):
+        cut = f"{rows.truncated_documents:,} {kind} are cut, {rows.truncated_tokens:,} tokens lost"
+        display.line(f"  {rows.padding:.1%} of the places is padding; {cut}")
+    if texts.are_conversations:
+        share = rows.num_targets / max(1, corpus.all_tokens)
+        display.line(f"  {share:.1%} of the conversations' tokens are learnt; the rest is only read")
 
 
-def describe_model(display: Display, shape: DecoderConfig) -> None:
-    """The sizes of the decoder and what it weighs."""
+def describe_findings(display: Display, findings: list[Finding]) -> None:
+    """What may go wrong, before it does."""
+    for finding in findings:
+        display.line()
+        display.line(f"{finding.level.capitalize()} ({finding.name}): {finding}")
+
+
+def describe_model(display: Display, model: Decoder) -> None:
+    """The sizes of the decoder, what it weighs, and how much of it is trained."""
+    shape = model.config
     facts = {
         "Architecture": shape.family,
         "Vocabulary": f"{shape.vocab_size:,}",
@@ -76,9 +95,14 @@ def describe_model(display: Display, shape: DecoderConfig) -> None:
     display.line("Model configuration:")
     for name, value in facts.items():
         display.line(f"  {name}: {value}")
-    parameters = num_parameters(shape)
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    total, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+    added = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    base = total - added
     display.line()
-    display.line(f"Model created: {parameters:,} parameters ({parameters * 4 / 2**20:,.1f} MB in float32)")
+    display.line(f"Model created: {base:,} parameters ({base * 4 / 2**20:,.1f} MB in float32)")
+    if trainable < total:
+        display.line(f"Trainable parameters: {base:,} before, {trainable:,} now ({trainable / base:.2%} of the model)")
 
 
 def describe_schedule(display: Display, schedule: Schedule) -> None:
@@ -91,10 +115,3 @@ def describe_schedule(display: Display, schedule: Schedule) -> None:
         display.line("Learning rate schedule: cosine decay that ends when the hours run out")
     else:
         display.line(f"Learning rate schedule: warmup {schedule.warmup_steps} steps, then {name}")
-    if schedule.total_steps is not None and schedule.warmup_steps >= schedule.total_steps:
-        display.line(
-            f"Warning: --warmup_steps {schedule.warmup_steps} is not shorter than the run of {schedule.total_steps} "
-            "steps, so the peak learning rate is never reached; try a tenth of the run"
-        )
-    display.line()
-    display.line("Starting training...")

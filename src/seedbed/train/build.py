@@ -1,78 +1,80 @@
-"""From a config to a job: the only place that knows how training from scratch is set up."""
+"""From a config to a job: the only place that knows by which method a model is trained."""
 
 from __future__ import annotations
 
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from seedbed.checkpoint import read_optimizer, read_state, require_match, require_space
-from seedbed.config import Config, DataOptions, ModelOptions, TrainingOptions
+from seedbed.checkpoint import read_optimizer, read_state
+from seedbed.data.conversations import from_document
 from seedbed.device import pick_device, pick_precision
 from seedbed.errors import ConfigError
-from seedbed.model.config import DecoderConfig, from_scratch
-from seedbed.model.decoder import Decoder, num_parameters
-from seedbed.model.weights import load_decoder, read_config
+from seedbed.findings import sift
+from seedbed.model.decoder import Decoder
 from seedbed.optim import build_optimizer, load_optimizer_tensors
-from seedbed.schedule import Schedule
-from seedbed.text.tokenizer import Tokenizer
-from seedbed.train.announce import banner, describe_corpus, describe_model, describe_schedule
+from seedbed.text.template import Template
+from seedbed.train.announce import describe_corpus, describe_findings, describe_model, describe_schedule
 from seedbed.train.board import Board
-from seedbed.train.corpus import keep_tokenizer, make_tokenizer, open_texts, require_a_row, tokenize
-from seedbed.train.job import Job
+from seedbed.train.corpus import keep_tokenizer
+from seedbed.train.finetune import from_pretrained_weights, hold_frozen
+from seedbed.train.ingredients import Ingredients
+from seedbed.train.job import Job, Prompt
+from seedbed.train.plan import length, look_ahead, make_schedule, require_known_findings
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
+from seedbed.train.scratch import from_random_weights
 from seedbed.train.state import TrainingState
 
-BYTES_PER_PARAMETER_SAVED = 12  # the weight and AdamW's two moments, in float32
-ASSUMED_VOCAB = 8000
 
-
-def build_pretraining(start: Start, display: Display) -> Job:
+def build_job(start: Start, display: Display) -> Job:
     """Everything from the text to the optimizer, checked before the first step; prints the banner.
 
     Raises:
         ConfigError, DataError, CheckpointError, StorageError: what is wrong, before any training.
     """
+    require_known_findings(start.config)
     run, checkpoint = start.run, start.checkpoint
     device = pick_device(start.config.training.device)
     precision = pick_precision(start.config.training.precision, device)
     config = start.config.update("this machine", precision=precision)
-    training, watching = config.training, config.watching
-    decoder_config(config.model, config.data, config.data.vocab_size or ASSUMED_VOCAB)  # contradictions first
-    texts = open_texts(config.data)
-    require_a_row(texts, config.data.max_seq_len)
-    banner(display, config, texts, device, run.path)
+    gather = from_random_weights if config.regime == "scratch" else from_pretrained_weights
+    made = gather(start, config, display)
+    config, corpus, training, watching = made.config, made.corpus, made.config.training, made.config.watching
+    sample = sample_prompt(made)
 
-    tokenizer = saved_tokenizer(start) or make_tokenizer(config.data, texts, display)
-    corpus = tokenize(texts, tokenizer, config.data, training.seed, display)
-    shape = decoder_config(config.model, config.data, tokenizer.vocab_size)
-    require_space(run.path, BYTES_PER_PARAMETER_SAVED * num_parameters(shape))
-    check_prompt(watching.sample_prompt, tokenizer, shape)
-
-    model = initial_model(shape, checkpoint, tokenizer, training).to(device)
+    model = made.model.to(device)
+    if config.regime == "lora":
+        hold_frozen(model, config)
+    model.gradient_checkpointing = training.gradient_checkpointing
+    if training.neftune_alpha:
+        add_embedding_noise(model, training.neftune_alpha)
     forward = compiled(model) if training.compile else model
     optimizer = build_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     state = restore(checkpoint, model, optimizer, scaler)
     epochs, total_steps = length(config, len(corpus.rows))
     schedule = make_schedule(training, total_steps)
-    describe_corpus(display, corpus, texts)
-    describe_model(display, shape)
+    describe_corpus(display, corpus, made.texts)
+    describe_model(display, model)
     describe_schedule(display, schedule)
+    positions = None if config.regime == "scratch" else model.config.max_seq_len
+    findings = look_ahead(config, made.texts, corpus, schedule, positions)
+    describe_findings(display, sift(findings, strict=watching.strict, allow=watching.allow))
+    display.line()
+    display.line("Starting training...")
 
     run.truncate(state.records or {"metrics.jsonl": 0, "samples.jsonl": 0})
-    keep_tokenizer(tokenizer, run.path)
-    run.write_config(with_shape(config, shape).to_yaml())
+    keep_tokenizer(made.tokenizer, run.path)
+    run.write_config(config.to_yaml())
     return Job(
         model=model,
         forward=forward,
-        tokenizer=tokenizer,
+        tokenizer=made.tokenizer,
         optimizer=optimizer,
         scaler=scaler,
         schedule=schedule,
@@ -88,82 +90,8 @@ def build_pretraining(start: Start, display: Display) -> Job:
         epochs=epochs,
         total_steps=total_steps,
         parent=start.parent,
+        sample=sample,
     )
-
-
-def decoder_config(model: ModelOptions, data: DataOptions, vocab_size: int) -> DecoderConfig:
-    """The shape of the decoder that the options describe; a folder's `config.json` may stand for them.
-
-    Raises:
-        ConfigError: sizes that contradict each other, or a context above the positions of the folder's model.
-    """
-    if model.arch is None:
-        return _from_folder(model, data, vocab_size)
-    missing = [name for name in ("d_model", "num_layers", "num_heads") if getattr(model, name) is None]
-    if missing:
-        raise ConfigError([f"--{name} is missing and --model {model.model} does not give it" for name in missing])
-    assert model.d_model and model.num_layers and model.num_heads
-    return from_scratch(
-        model.arch,
-        vocab_size=vocab_size,
-        d_model=model.d_model,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        d_ff=model.d_ff,
-        max_seq_len=data.max_seq_len,
-        dropout=model.dropout or 0.0,
-        tie_embeddings=model.tie_embeddings is not False,
-    )
-
-
-def _from_folder(model: ModelOptions, data: DataOptions, vocab_size: int) -> DecoderConfig:
-    shape = read_config(Path(model.model))
-    if data.max_seq_len > shape.max_seq_len:
-        raise ConfigError(
-            f"--max_seq_len {data.max_seq_len} is above the {shape.max_seq_len} positions of {model.model}; lower it"
-        )
-    given = model.model_dump(exclude={"model", "arch"}, exclude_none=True)
-    if "d_model" in given or "num_heads" in given:
-        given["head_dim"] = given.get("d_model", shape.d_model) // given.get("num_heads", shape.num_heads)
-    return replace(shape, vocab_size=vocab_size, **{"dropout": 0.0, **given})
-
-
-def with_shape(config: Config, shape: DecoderConfig) -> Config:
-    """The config with the sizes that were worked out written into it."""
-    return config.update(
-        f"model {config.model.model}",
-        **{
-            name: value
-            for name, value in {
-                "num_kv_heads": shape.num_kv_heads,
-                "d_ff": shape.d_ff,
-                "dropout": shape.dropout,
-                "tie_embeddings": shape.tie_embeddings,
-            }.items()
-            if getattr(config.model, name) is None
-        },
-    )
-
-
-def saved_tokenizer(start: Start) -> Tokenizer | None:
-    """The tokenizer of the run that goes on, if it got as far as having one."""
-    folder = start.checkpoint or start.run.path / "tokenizer"
-    return Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
-
-
-def initial_model(
-    shape: DecoderConfig, checkpoint: Path | None, tokenizer: Tokenizer, options: TrainingOptions
-) -> Decoder:
-    """Fresh weights drawn with the seed, or those of the checkpoint."""
-    torch.manual_seed(options.seed)
-    model = Decoder(shape)
-    if checkpoint is not None:
-        saved = load_decoder(checkpoint)
-        require_match(saved, tokenizer, str(checkpoint))
-        model.load_state_dict(saved.state_dict())
-    model.gradient_checkpointing = options.gradient_checkpointing
-    return model
 
 
 def restore(
@@ -176,36 +104,6 @@ def restore(
     load_optimizer_tensors(model, optimizer, read_optimizer(checkpoint))
     scaler.load_state_dict(state.scaler)
     return state
-
-
-def length(config: Config, num_rows: int) -> tuple[int | None, int | None]:
-    """Epochs and steps of the run; None where only the clock ends it.
-
-    A regime's number of epochs gives way to a limit the user chose: steps, or hours with `cosine_time`.
-    """
-    training = config.training
-    steps_per_epoch = math.ceil(num_rows / (training.batch_size * training.grad_accumulation))
-    limited = training.max_steps is not None or training.lr_schedule == "cosine_time"
-    if limited and not config.is_given("epochs"):
-        return None, training.max_steps
-    steps = training.epochs * steps_per_epoch
-    return training.epochs, min(steps, training.max_steps or steps)
-
-
-def make_schedule(options: TrainingOptions, total_steps: int | None) -> Schedule:
-    by_time = options.lr_schedule == "cosine_time"
-    ratio = options.warmup_ratio or 0.0
-    steps = options.warmup_steps
-    if steps is None:
-        steps = 0 if by_time else round(ratio * (total_steps or 0))
-    return Schedule(
-        kind=options.lr_schedule,
-        peak=options.learning_rate,
-        minimum=options.min_lr,
-        warmup_steps=steps,
-        warmup_ratio=ratio if by_time else 0.0,
-        total_steps=total_steps,
-    )
 
 
 def compiled(model: Decoder) -> Callable[..., Any]:
@@ -222,9 +120,42 @@ def compiled(model: Decoder) -> Callable[..., Any]:
     return torch.compile(model)
 
 
-def check_prompt(prompt: str, tokenizer: Tokenizer, shape: DecoderConfig) -> None:
-    tokens = len(tokenizer.encode(prompt))
-    if tokens >= shape.max_seq_len:
-        raise ConfigError(
-            f"--sample_prompt is {tokens} tokens long and the context is {shape.max_seq_len}; shorten the prompt"
-        )
+def add_embedding_noise(model: Decoder, alpha: float) -> None:
+    """NEFTune (Jain et al., 2023): while training, embeddings (B, T, D) get uniform noise up to alpha / sqrt(T D)."""
+
+    def add_noise(module: torch.nn.Module, _inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return embedded
+        size = alpha / math.sqrt(embedded.shape[1] * embedded.shape[2])
+        return embedded + torch.empty_like(embedded).uniform_(-size, size)
+
+    model.embed_tokens.register_forward_hook(add_noise)
+
+
+def sample_prompt(made: Ingredients) -> Prompt:
+    """What the model writes on at each validation: the prompt, or for conversations a question by default.
+
+    Raises:
+        ConfigError: the prompt is longer than the context.
+    """
+    text, template, positions = made.config.watching.sample_prompt, made.template, made.model.config.max_seq_len
+    if template is not None and not text:
+        return first_question(made, template, positions)
+    given = text if template is None else template.prompt_ids([{"role": "user", "content": text}])
+    tokens = len(made.tokenizer.encode(given) if isinstance(given, str) else given)
+    if tokens >= positions:
+        raise ConfigError(f"--sample_prompt is {tokens} tokens long and the context is {positions}; shorten the prompt")
+    return Prompt(text, given)
+
+
+def first_question(made: Ingredients, template: Template, positions: int) -> Prompt:
+    """The first held-out conversation (or of all) up to its first answer that fits; an empty one where none does."""
+    texts = made.texts
+    for document in texts.held_out_documents() if texts.hold_out else texts.training_documents():
+        messages = from_document(document)
+        first_answer = next(place for place, message in enumerate(messages) if message["role"] == "assistant")
+        if messages := messages[:first_answer]:
+            given = template.prompt_ids(messages)
+            if len(given) < positions:
+                return Prompt(messages[-1]["content"], given)
+    return Prompt("", template.prompt_ids([{"role": "user", "content": ""}]))

@@ -1,4 +1,4 @@
-"""From the data options to rows of tokens: which documents are held out, which tokenizer reads the rest."""
+"""From the data options to rows of tokens: which documents are held out, and how the rest is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seedbed.config import TRAINED_HERE, DataOptions, TextOptions
-from seedbed.data import PackedRows, PaddedRows, Source, Store, held_out, open_source, open_store
+from seedbed.data import PackedRows, Reading, Source, Store, WholeRows, held_out, open_source, open_store
+from seedbed.data.augment import augmented
+from seedbed.data.conversations import from_document
 from seedbed.data.store import digest
 from seedbed.errors import ConfigError, DataError
 from seedbed.text.tokenizer import Tokenizer, train_bpe, train_char
@@ -30,6 +32,11 @@ class Texts:
     val_split: float
 
     @property
+    def are_conversations(self) -> bool:
+        """Whether documents are conversations, read through a template, and not plain texts."""
+        return self.train.format != "text"
+
+    @property
     def hold_out(self) -> bool:
         """Whether anything is kept for validation."""
         return self.validation is not None or self.val_split > 0
@@ -46,6 +53,23 @@ class Texts:
             return self.validation.documents()
         return compress(self.train.documents(), self._held_out()) if self.val_split else iter(())
 
+    def training_texts(self) -> Iterator[str]:
+        """What a tokenizer can learn from: the training texts, or what is said in the conversations."""
+        if not self.are_conversations:
+            return self.training_documents()
+        return (message["content"] for text in self.training_documents() for message in from_document(text))
+
+    def augmented(self, seed: int) -> Texts:
+        """The training documents and their word-swapped copies; what is held out stays as it is."""
+        kind = f"{self.train.fingerprint()} {self.val_split if self.validation is None else 'all'}"
+        train = self.train.derived(
+            lambda: augmented(self.training_documents(), seed, self.are_conversations), f"swapped {seed} {kind}"
+        )
+        validation = self.validation
+        if validation is None and self.val_split:
+            validation = self.train.derived(self.held_out_documents, f"held out {kind}")
+        return Texts(train, validation, self.val_split)
+
     def _held_out(self) -> NDArray[np.bool_]:
         encoded = (text.encode() for text in self.train.documents())
         facts = np.array([(digest(text), len(text)) for text in encoded], dtype=np.uint64)  # (documents, 2)
@@ -60,6 +84,12 @@ class Corpus:
     validation: Validation | None
     num_documents: int
     num_bytes: int
+    all_tokens: int
+    """Of the training documents, those that the loss mask leaves out among them."""
+    longest: int
+    """Tokens of the longest training document."""
+    without_end: int
+    """Training documents and held-out ones with an answer whose end is not a target."""
 
 
 def open_texts(options: TextOptions) -> Texts:
@@ -75,7 +105,14 @@ def open_texts(options: TextOptions) -> Texts:
         )
 
     def source(spec: str, split: str = "train", flag: str = "--data") -> Source:
-        return open_source(spec, text_column=options.text_column, document=options.document, split=split, flag=flag)
+        return open_source(
+            spec,
+            text_column=options.text_column,
+            document=options.document,
+            split=split,
+            flag=flag,
+            format=options.format,
+        )
 
     train = source(options.data)
     validation = None
@@ -83,12 +120,17 @@ def open_texts(options: TextOptions) -> Texts:
         validation = source(options.val_data, flag="--val_data")
     elif options.val_split > 0 and train.has_split("validation"):
         validation = source(options.data, "validation")
+    if validation is not None and (validation.format == "text") != (train.format == "text"):
+        raise DataError(
+            f"--data {options.data} holds {train.format} and --val_data {options.val_data} {validation.format}; "
+            "both must be text, or both conversations"
+        )
     return Texts(train, validation, options.val_split)
 
 
 def require_a_row(texts: Texts, max_seq_len: int) -> None:
     """Raise DataError when the text cannot fill one row, whatever the tokenizer."""
-    if texts.train.num_bytes < max_seq_len:
+    if not texts.are_conversations and texts.train.num_bytes < max_seq_len:
         for _ in texts.train.documents():  # what is wrong inside comes first: it may be why there is so little
             pass
         raise DataError(
@@ -99,6 +141,7 @@ def require_a_row(texts: Texts, max_seq_len: int) -> None:
 
 def make_tokenizer(options: DataOptions, texts: Texts, display: Display) -> Tokenizer:
     """Load the tokenizer that was named, or train one on the training documents."""
+    assert options.tokenizer is not None
     if options.tokenizer in TRAINED_HERE:
         return train_tokenizer(options.tokenizer, options.vocab_size, texts, display)
     return Tokenizer.load(options.tokenizer)
@@ -108,8 +151,8 @@ def train_tokenizer(kind: str, vocab_size: int | None, texts: Texts, display: Di
     """A `bpe` or `char` tokenizer of the training documents alone."""
     with display.working(f"Training a {kind} tokenizer"):
         if kind == "char":
-            return train_char(texts.training_documents())
-        return train_bpe(texts.training_documents(), vocab_size or default_vocab_size(texts.train.num_bytes))
+            return train_char(texts.training_texts())
+        return train_bpe(texts.training_texts(), vocab_size or default_vocab_size(texts.train.num_bytes))
 
 
 def default_vocab_size(num_bytes: int) -> int:
@@ -117,37 +160,50 @@ def default_vocab_size(num_bytes: int) -> int:
     return int(np.clip(num_bytes // 500, 512, LARGEST_DEFAULT_VOCAB))
 
 
-def tokenize(texts: Texts, tokenizer: Tokenizer, options: DataOptions, seed: int, display: Display) -> Corpus:
+def tokenize(texts: Texts, reading: Reading, options: DataOptions, seed: int, display: Display) -> Corpus:
     """Tokenize both splits into stores (or find them there) and lay rows over them.
 
     Raises:
-        DataError: the text is too short for one row, or cannot be split.
+        DataError: the text is too short for one row, cannot be split, or has nothing to learn.
     """
-    store = _store(texts.train, tokenizer, display)
+    if options.augment_word_swap:
+        texts = texts.augmented(seed)
+    store = _store(texts.train, reading, display)
     everything = np.arange(store.num_documents)
-    val_store, val_documents, train_documents = store, everything[:0], everything
+    val_store, val_documents, documents = store, everything[:0], everything
     if texts.validation is not None:
-        val_store = _store(texts.validation, tokenizer, display)
+        val_store = _store(texts.validation, reading, display)
         val_documents = np.arange(val_store.num_documents)
     elif texts.val_split > 0:
         mask = held_out(store.digests, store.num_bytes, texts.val_split)
-        val_documents, train_documents = everything[mask], everything[~mask]
-    rows = _rows(store, train_documents, options, seed, shuffle=True)
+        val_documents, documents = everything[mask], everything[~mask]
+    rows = _rows(store, documents, options, seed, shuffle=True)
     validation = None
     if len(val_documents):
         val_rows = _rows(val_store, val_documents, options, seed, shuffle=False)
-        validation = Validation(val_rows, len(val_documents), int(val_store.num_bytes[val_documents].sum()))
-    return Corpus(rows, validation, len(train_documents), int(store.num_bytes[train_documents].sum()))
+        validation = Validation(val_rows, len(val_documents), int(val_store.target_bytes[val_documents].sum()))
+    lengths = np.diff(store.offsets)[documents]
+    return Corpus(
+        rows=rows,
+        validation=validation,
+        num_documents=len(documents),
+        num_bytes=int(store.num_bytes[documents].sum()),
+        all_tokens=int(lengths.sum()),
+        longest=int(lengths.max()),
+        without_end=store.without_end,
+    )
 
 
 def _rows(store: Store, documents: NDArray[np.int64], options: DataOptions, seed: int, *, shuffle: bool) -> Rows:
-    kind = PackedRows if options.packing else PaddedRows
-    return kind(store, documents, options.max_seq_len, seed, shuffle=shuffle)
+    """Texts are packed end to end; conversations, and texts without packing, stay whole."""
+    if options.packing and store.mask is None:
+        return PackedRows(store, documents, options.max_seq_len, seed, shuffle=shuffle)
+    return WholeRows(store, documents, options.max_seq_len, seed, shuffle=shuffle, pack=options.packing)
 
 
-def _store(source: Source, tokenizer: Tokenizer, display: Display) -> Store:
+def _store(source: Source, reading: Reading, display: Display) -> Store:
     with display.counting(f"Tokenizing {source.name}") as progress:
-        return open_store(source, tokenizer, progress=progress)
+        return open_store(source, reading, progress=progress)
 
 
 def keep_tokenizer(tokenizer: Tokenizer, run: Path) -> None:

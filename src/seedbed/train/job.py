@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seedbed.config import TrainingOptions, WatchOptions
 from seedbed.data.batches import Batch, collate
-from seedbed.data.rows import PackedRows, PaddedRows
+from seedbed.data.rows import PackedRows, WholeRows
 from seedbed.device import Precision
 from seedbed.model.decoder import Decoder
 from seedbed.runs.folder import RunFolder
@@ -20,7 +20,7 @@ from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.board import Board
 from seedbed.train.state import TrainingState
 
-Rows = PackedRows | PaddedRows
+Rows = PackedRows | WholeRows
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,14 @@ class Validation:
     def bits_per_byte(self, loss: float) -> float:
         """`loss` (nats per target) as bits per byte of the text, which compares across tokenizers."""
         return loss * self.rows.num_targets / (self.num_bytes * math.log(2))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text for people, and what the model is given for it: the text, or its tokens in the chat template."""
+
+    shown: str
+    given: str | Sequence[int]
 
 
 @dataclass
@@ -61,6 +69,8 @@ class Job:
     """None, like `epochs`, when only the clock ends the run."""
     parent: str | None
     """The checkpoint this run began from."""
+    sample: Prompt
+    """What the model continues, or answers, at each validation."""
 
     @property
     def rows_per_step(self) -> int:

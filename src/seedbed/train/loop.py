@@ -125,7 +125,7 @@ class Loop:
         self.step_seconds = 0.0  # of a slow recent step
         self.total_step_seconds = 0.0
         self.sitting_tokens = 0
-        self.save_seconds = 0.5 + 3 * model_bytes(job) / 500e6  # until one was measured
+        self.save_seconds = 0.5 + 3 * trained_bytes(job) / 500e6  # until one was measured
         self.saved: tuple[int, Path] | None = None
         self.count_epochs()
 
@@ -261,10 +261,12 @@ class Loop:
 
     def sample(self) -> None:
         """Let the model continue the fixed prompt: one seed throughout, so that only the weights differ."""
-        job, prompt = self.job, self.job.watching.sample_prompt
-        [completion] = generate(job.model, job.tokenizer, [prompt], SAMPLE)
-        job.run.append("samples.jsonl", {"step": self.state.step, "prompt": prompt, "text": completion.text})
-        self.display.sample(self.state.step, prompt + completion.text)
+        job, prompt = self.job, self.job.sample
+        with autocast(job.device, job.precision):
+            [completion] = generate(job.model, job.tokenizer, [prompt.given], SAMPLE)
+        job.run.append("samples.jsonl", {"step": self.state.step, "prompt": prompt.shown, "text": completion.text})
+        answers = not isinstance(prompt.given, str)
+        self.display.sample(self.state.step, completion.text if answers else prompt.shown + completion.text)
 
     def close_epoch(self) -> None:
         """Report the epoch, count towards early stopping, save."""
@@ -383,8 +385,8 @@ def dropout_seed(seed: int, step: int, micro_batch: int, rank: int = 0) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
-def model_bytes(job: Job) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in job.model.parameters())
+def trained_bytes(job: Job) -> int:
+    return sum(p.numel() * p.element_size() for p in job.model.parameters() if p.requires_grad)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from seedbed.checkpoint import damage, newest_intact, read_state, remove_leftovers
+from seedbed.checkpoint import damage, is_model_folder, newest_intact, read_state, remove_leftovers
 from seedbed.config import FREE_TO_CHANGE, Config
 from seedbed.errors import CheckpointError, ConfigError
 from seedbed.runs.folder import FINISHED, RunFolder, read_summary
@@ -28,6 +28,17 @@ SHAPE = frozenset(
         "num_kv_heads",
         "d_ff",
         "tie_embeddings",
+        "chat_template",
+        "add_tokens",
+        "last_blocks",
+        "freeze",
+        "lora",
+        "lora_r",
+        "lora_alpha",
+        "lora_targets",
+        "lora_rslora",
+        "lora_dora",
+        "lora_embeddings",
     ]
 )
 """What cannot change between a checkpoint and the run that goes on from it."""
@@ -81,7 +92,7 @@ def open_run(config: Config) -> Start | AlreadyFinished:
 
 def _branch(config: Config, checkpoint: Path) -> Start:
     """Go on from a named checkpoint: in its own run if nothing there is newer, else in a run of its own."""
-    if not (checkpoint / "config.json").is_file():
+    if not is_model_folder(checkpoint):
         raise ConfigError(
             f"--resume_from {checkpoint}: no checkpoint there; expected one such as runs/NAME/checkpoints/step-1000"
         )
@@ -108,9 +119,14 @@ def _adopt(config: Config, path: Path, free: frozenset[str]) -> Config:
     """The saved options of the run at `path`, with the explicitly given ones that are `free` to differ."""
     try:
         saved = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        sources = saved.pop("sources")
+        sources, regime = saved.pop("sources"), saved.pop("regime", "scratch")
     except (OSError, yaml.YAMLError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}/config.yaml is not readable: {error}") from None
+    if regime != config.regime:
+        raise ConfigError(
+            f"{path} holds a run of another kind ({regime}, and this command means {config.regime}); "
+            "choose another --output"
+        )
     now = config.values()
     given = {name for name in now if config.is_given(name) and now[name] not in (saved.get(name), "auto")}
     if contradictions := sorted(given - free):
@@ -128,11 +144,18 @@ def _destination(config: Config) -> Path:
     if config.watching.output is not None:
         return Path(config.watching.output)
     text = Path(config.data.data or "").stem.replace("*", "") or "text"
-    path = Path("runs") / f"{text}-{Path(config.model.model).name}"
+    kind = "-lora" if config.regime == "lora" else ""
+    path = Path("runs") / f"{text}-{_model_name(config.model.model)}{kind}"
     if not _begun(path):
         return path
     *_, newest = takewhile(Path.exists, _numbered(path))
     return _next_free(path) if _finished(newest) or not config.watching.resume else newest
+
+
+def _model_name(model: str) -> str:
+    """What a model is called: the last part of its path; for a checkpoint, the name of its run."""
+    path = Path(model)
+    return path.resolve().parent.parent.name if path.resolve().parent.name == "checkpoints" else path.name
 
 
 def _begun(path: Path) -> bool:

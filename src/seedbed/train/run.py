@@ -1,18 +1,18 @@
-"""Training from scratch, from a config to the end of the run."""
+"""Training, from a config to the end of the run."""
 
 from __future__ import annotations
 
 from rich.console import Console
 
 from seedbed.config import Config
-from seedbed.train.build import build_pretraining
+from seedbed.train.build import build_job
 from seedbed.train.loop import Outcome, train
 from seedbed.train.progress import Display
 from seedbed.train.resume import AlreadyFinished, open_run
 
 
-def pretrain(config: Config, console: Console) -> Outcome:
-    """Train a model from scratch, or go on with the unfinished run that `config` means.
+def run_training(config: Config, console: Console) -> Outcome:
+    """Train as `config` says, or go on with the unfinished run that it means.
 
     Raises:
         SeedbedError: see `seedbed.errors`; before training begins nothing is left behind.
@@ -25,7 +25,7 @@ def pretrain(config: Config, console: Console) -> Outcome:
     try:
         for remark in start.remarks:
             display.line(f"Warning: {remark}; going on from an older checkpoint")
-        job = build_pretraining(start, display)
+        job = build_job(start, display)
         if start.checkpoint is not None:
             start.run.event("resume", job.state.step, checkpoint=str(start.checkpoint), remarks=list(start.remarks))
             display.line(f"Going on from {start.checkpoint} at step {job.state.step}")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from seedbed.cli.app import run
-from seedbed.config import DataOptions
+from seedbed.config import TextOptions
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.corpus import open_texts
 
@@ -45,7 +45,7 @@ def test_held_out_documents_are_never_seen(
     facts = run_json(words, capsys)
     assert facts["type"] == kind
     assert facts["bytes_per_token"] > 1
-    texts = open_texts(DataOptions(data=str(marked_text)))
+    texts = open_texts(TextOptions(data=str(marked_text)))
     held_out, training = "".join(texts.held_out_documents()), "".join(texts.training_documents())
     held_letters = {character for character in held_out if not character.isascii()}
     seen_letters = {character for character in training if not character.isascii()}
@@ -151,7 +151,7 @@ def test_data_show_is_what_the_model_sees(
     folder = tiny_run / "tokenizer"
     words = ["data", "show", "--data", str(small_text_file), "--tokenizer", str(folder), "--max_seq_len", "32"]
     facts = run_json([*words, "--num", "2"], capsys)
-    texts = open_texts(DataOptions(data=str(small_text_file)))
+    texts = open_texts(TextOptions(data=str(small_text_file)))
     assert facts["documents"] == len(list(texts.training_documents()))
     assert facts["validation_documents"] == len(list(texts.held_out_documents())) > 0
     assert len(facts["examples"]) == 2

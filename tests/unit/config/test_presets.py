@@ -6,7 +6,7 @@ import pytest
 
 from seedbed.config import FLAGS, Layer, option_names, preset_names, read_config_file, read_preset, resolve
 from seedbed.model.decoder import num_parameters
-from seedbed.train.build import decoder_config
+from seedbed.train.scratch import decoder_config
 
 
 def test_every_shipped_file_is_named_and_every_name_has_a_file() -> None:
@@ -16,7 +16,7 @@ def test_every_shipped_file_is_named_and_every_name_has_a_file() -> None:
 
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_resolves_as_a_config_and_its_shape_can_be_built(name: str) -> None:
-    assert set(read_preset(name)) <= set(option_names())
+    assert set(read_preset(name)) <= set(option_names("scratch"))
     config = resolve("scratch", [read_config_file(name)])
     shape = decoder_config(config.model, config.data, config.data.vocab_size or 8000)
     assert shape.max_seq_len == config.data.max_seq_len

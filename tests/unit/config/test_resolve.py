@@ -57,8 +57,8 @@ def test_the_model_named_last_decides_the_preset() -> None:
 
 def test_every_option_has_a_source() -> None:
     config = flags(model="tiny", seed=3)
-    assert list(config.values()) == option_names()
-    assert set(config.sources) == set(option_names())
+    assert list(config.values()) == option_names("scratch")
+    assert set(config.sources) == set(option_names("scratch"))
     assert config.is_given("seed")
     assert not any(config.is_given(name) for name in ("beta1", "epochs", "d_model"))
 
@@ -228,4 +228,105 @@ def test_what_to_yaml_writes_is_read_back_the_same(tmp_path: Path) -> None:
     assert again.values() == config.values()
     written = yaml.safe_load(config.to_yaml())
     assert written["sources"]["learning_rate"] == FLAGS
-    assert list(written)[:-1] == option_names()
+    assert list(written)[1:-1] == option_names("scratch")
+
+
+# Fine-tuning: whole, or with adapters
+
+
+def tuning(**values: Any) -> Config:
+    return resolve("finetune", [Layer(FLAGS, {"model": "gpt2", **values})])
+
+
+def tuning_problems(*layers: Layer) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        resolve("finetune", list(layers))
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("values", "regime", "learning_rate"),
+    [
+        ({}, "finetune", 2e-5),
+        ({"lora": True}, "lora", 2e-4),
+        ({"lora": False}, "finetune", 2e-5),
+        ({"lora_r": "8"}, "lora", 2e-4),
+        ({"lora_embeddings": True, "lora": True}, "lora", 2e-4),
+        ({"last_blocks": "2"}, "finetune", 2e-5),
+        ({"lora_dropout": "0.1", "learning_rate": "1e-3"}, "lora", 1e-3),
+    ],
+)
+def test_what_is_given_decides_the_regime(values: dict[str, Any], regime: str, learning_rate: float) -> None:
+    config = tuning(**values)
+    assert (config.regime, config.training.learning_rate) == (regime, learning_rate)
+    assert list(config.values()) == option_names(regime)
+    if "learning_rate" not in values:
+        assert config.sources["learning_rate"] == f"regime {regime}"
+
+
+def test_a_stronger_layer_turns_lora_off_or_on() -> None:
+    file = Layer("my.yaml", {"model": "gpt2", "lora": True})
+    assert resolve("finetune", [file]).regime == "lora"
+    assert resolve("finetune", [file, Layer(FLAGS, {"lora": False})]).regime == "finetune"
+    assert resolve("finetune", [Layer("my.yaml", {"lora_r": 8}), Layer(FLAGS, {"model": "gpt2"})]).regime == "lora"
+    off = Layer("my.yaml", {"lora": False, "model": "gpt2"})
+    assert resolve("finetune", [off, Layer(FLAGS, {"lora": True})]).regime == "lora"
+
+
+@pytest.mark.parametrize("values", [{}, {"lora": True}, {"lora_r": "8"}, {"last_blocks": "1", "freeze": "norms"}])
+def test_the_config_of_a_run_means_the_same_run(values: dict[str, Any], tmp_path: Path) -> None:
+    """It lists every option, also those of adapters that nobody chose."""
+    config = tuning(
+        data="a.json", add_tokens=("<|a|>",) if not any("lora" in name for name in values) else (), **values
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    again = resolve("finetune", [read_config_file(str(path))])
+    assert (again.regime, again.values()) == (config.regime, config.values())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_presets_name_brings_no_preset(name: str) -> None:
+    config = tuning(model=name)
+    assert not any(source.startswith("preset") for source in config.sources.values())
+    assert config.model.d_model is None
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"lora": False, "lora_r": "4"}, ("--lora_r 4", "no meaning without --lora")),
+        ({"lora": False, "lora_alpha": "8"}, ("--lora_alpha 8.0", "add --lora")),
+        ({"base_precision": "nf4"}, ("--base_precision nf4", "add --lora")),
+        ({"lora": True, "freeze": "mlp"}, ("--freeze mlp", "contradicts --lora", "--lora_targets")),
+        ({"lora": True, "add_tokens": ("<|a|>",)}, ("--add_tokens", "--lora_embeddings")),
+        ({"model": ""}, ("--model is missing", "HuggingFaceTB/SmolLM2-135M")),
+        ({"tokenizer": "bpe"}, ("--tokenizer bpe", "its own tokenizer", "leave it out")),
+        ({"arch": "llama"}, ("--arch has no meaning when fine-tuning",)),
+        ({"d_model": "64"}, ("--d_model has no meaning when fine-tuning",)),
+        ({"lora": True, "num_layers": "6"}, ("--num_layers has no meaning when fine-tuning",)),
+        ({"lora_rank": "6"}, ("unknown option --lora_rank",)),
+        ({"lora_targtes": "6"}, ("unknown option --lora_targtes; did you mean lora_targets?",)),
+        ({"lora_r": "0"}, ("--lora_r 0", "greater than 0")),
+        ({"lora_dropout": "1"}, ("--lora_dropout 1", "less than 1")),
+        ({"last_blocks": "0"}, ("--last_blocks 0", "greater than 0")),
+        ({"base_precision": "int8"}, ("--base_precision int8", "'nf4'")),
+        ({"format": "sharegpt"}, ("--format sharegpt", "'chat'")),
+    ],
+)
+def test_what_cannot_be_fine_tuned(values: dict[str, Any], words: tuple[str, ...]) -> None:
+    [problem] = tuning_problems(Layer(FLAGS, {"model": "gpt2", **values}))
+    assert all(word in problem for word in words), problem
+
+
+def test_a_model_must_be_named_to_fine_tune() -> None:
+    [problem] = tuning_problems(Layer(FLAGS, {"data": "a.json"}))
+    assert "--model is missing" in problem
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_r", "last_blocks", "freeze", "add_tokens", "base_precision"])
+def test_options_of_fine_tuning_mean_nothing_from_scratch(name: str) -> None:
+    [problem] = problems(Layer(FLAGS, {"model": "tiny", name: "1"}))
+    assert problem == f"--{name} has no meaning when training from scratch; leave it out"
+    [problem] = problems(Layer("my.yaml", {"model": "tiny", name: "1"}))
+    assert problem == f"{name} in my.yaml has no meaning when training from scratch; leave it out"

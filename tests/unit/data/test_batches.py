@@ -4,10 +4,12 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 
 from seedbed.data import Row
 from seedbed.data.batches import collate
+from seedbed.data.rows import NO_TARGET
 
 
 def row(segments: list[int]) -> Row:
@@ -23,6 +25,38 @@ def test_rows_become_tensors() -> None:
     assert batch.segment_ids is not None
     assert batch.segment_ids.tolist() == [[0, 0, 1], [0, 0, 0]]
     assert batch.labels.tolist() == [[1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize(
+    ("length", "last_targets", "width"),
+    [
+        (32, (4, 6), 8),
+        (32, (0, 7), 8),
+        (32, (8, 2), 16),
+        (32, (31, 0), 32),
+        (12, (9, 3), 12),
+        (32, (None, 4), 8),
+        (32, (None, None), 8),
+    ],
+)
+def test_what_follows_the_last_target_is_cut(length: int, last_targets: tuple[int | None, ...], width: int) -> None:
+    """The last of all rows decides, rounded up to eight; a mask in between stays."""
+    rows = []
+    for last in last_targets:
+        full = row([0] * (length // 2) + [1] * (length - length // 2))
+        labels = np.full(length, NO_TARGET)
+        if last is not None:
+            labels[[0, last]] = full.labels[[0, last]]
+        rows.append(Row(full.input_ids, labels, full.position_ids, full.segment_ids))
+    batch = collate(rows)
+    assert batch.segment_ids is not None
+    for tensor, name in (
+        (batch.input_ids, "input_ids"),
+        (batch.labels, "labels"),
+        (batch.position_ids, "position_ids"),
+        (batch.segment_ids, "segment_ids"),
+    ):
+        assert tensor.tolist() == [getattr(full, name)[:width].tolist() for full in rows]
 
 
 def test_segments_are_left_out_when_every_row_is_one_document() -> None:

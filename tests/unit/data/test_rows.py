@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seedbed.data import PackedRows, PaddedRows, Row, Store, from_texts, open_store
-from seedbed.data.rows import NO_TARGET, permutation
+from seedbed.data import PackedRows, Reading, Row, Store, WholeRows, from_texts, open_store
+from seedbed.data.rows import NO_TARGET, best_fit, permutation
 from seedbed.errors import DataError
 from seedbed.text import Tokenizer, train_char
 
@@ -24,10 +24,10 @@ def tokenizer() -> Tokenizer:
 def store(tokenizer: Tokenizer, tmp_path: Path) -> Store:
     """Documents of one repeated letter each, so that a row shows which document a token is from."""
     texts = [chr(ord("a") + i) * length for i, length in enumerate(LENGTHS)]
-    return open_store(from_texts(texts), tokenizer, cache=tmp_path)
+    return open_store(from_texts(texts), Reading(tokenizer), cache=tmp_path)
 
 
-def all_rows(rows: PackedRows | PaddedRows, epoch: int) -> list[Row]:
+def all_rows(rows: PackedRows | WholeRows, epoch: int) -> list[Row]:
     return [rows.row(epoch, index) for index in range(len(rows))]
 
 
@@ -68,8 +68,8 @@ def test_packed_rows_are_what_they_are_defined_to_be(store: Store, length: int) 
         assert row.position_ids.max() < length
 
 
-@pytest.mark.parametrize("kind", [PackedRows, PaddedRows])
-def test_every_target_comes_once_an_epoch(kind: type[PackedRows | PaddedRows], store: Store) -> None:
+@pytest.mark.parametrize("kind", [PackedRows, WholeRows])
+def test_every_target_comes_once_an_epoch(kind: type[PackedRows | WholeRows], store: Store) -> None:
     documents = np.arange(store.num_documents)
     rows = kind(store, documents, 64, seed=3)
     for epoch in (0, 1, 5):
@@ -92,13 +92,13 @@ def test_a_token_never_sees_another_document(store: Store) -> None:
 def test_only_the_chosen_documents_are_used(store: Store) -> None:
     chosen = np.array([2, 5])
     tokens = set(store.tokens(2).tolist()) | set(store.tokens(5).tolist())
-    for kind in (PackedRows, PaddedRows):
+    for kind in (PackedRows, WholeRows):
         for row in all_rows(kind(store, chosen, T, seed=0), 0):
             assert set(row.input_ids.tolist()) <= tokens
 
 
-@pytest.mark.parametrize("kind", [PackedRows, PaddedRows])
-def test_a_row_depends_on_seed_epoch_and_index_alone(kind: type[PackedRows | PaddedRows], store: Store) -> None:
+@pytest.mark.parametrize("kind", [PackedRows, WholeRows])
+def test_a_row_depends_on_seed_epoch_and_index_alone(kind: type[PackedRows | WholeRows], store: Store) -> None:
     documents = np.arange(store.num_documents)
 
     def inputs(seed: int, epoch: int, indices: list[int]) -> list[list[int]]:
@@ -116,7 +116,7 @@ def test_a_row_depends_on_seed_epoch_and_index_alone(kind: type[PackedRows | Pad
 
 def test_rows_are_visited_in_another_order_than_the_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = "".join(chr(97 + i % 26) for i in range(26 * 40))
-    store = open_store(from_texts([text]), tokenizer, cache=tmp_path)
+    store = open_store(from_texts([text]), Reading(tokenizer), cache=tmp_path)
     rows = PackedRows(store, np.array([0]), 26, seed=0)
     starts = [rows.row(0, index).input_ids.tolist() for index in range(3)]
     plain = PackedRows(store, np.array([0]), 26, seed=0, shuffle=False)
@@ -136,13 +136,13 @@ def test_too_little_text_for_one_row(store: Store) -> None:
         PackedRows(store, np.array([0, 1]), 9, seed=0)
     assert len(PackedRows(store, np.array([0, 1]), 8, seed=0)) == 1
     assert len(PackedRows(store, np.array([0, 1]), 9, seed=0, shuffle=False)) == 1
-    for kind in (PackedRows, PaddedRows):
+    for kind in (PackedRows, WholeRows):
         with pytest.raises(DataError, match="no documents"):
             kind(store, np.array([], dtype=np.int64), 8, seed=0)
 
 
 def test_a_row_that_is_not_there(store: Store) -> None:
-    for kind in (PackedRows, PaddedRows):
+    for kind in (PackedRows, WholeRows):
         rows = kind(store, np.arange(10), T, seed=0)
         for index in (-1, len(rows)):
             with pytest.raises(IndexError):
@@ -150,7 +150,7 @@ def test_a_row_that_is_not_there(store: Store) -> None:
 
 
 def test_padded_rows(store: Store) -> None:
-    rows = PaddedRows(store, np.array([2, 0]), T, seed=0, shuffle=False)
+    rows = WholeRows(store, np.array([2, 0]), T, seed=0, shuffle=False)
     eos, cut, short = store.eos_id, rows.row(0, 0), rows.row(0, 1)
     c, a = int(store.tokens(2)[0]), int(store.tokens(0)[0])
     assert cut.input_ids.tolist() == [eos] + [c] * 7
@@ -162,3 +162,124 @@ def test_padded_rows(store: Store) -> None:
         assert not row.segment_ids.any()
     assert (rows.num_targets, rows.truncated_documents, rows.truncated_tokens) == (14, 1, 31 - 8)
     assert rows.padding == pytest.approx(2 / 16)
+
+
+# Conversations
+
+
+def masked_store(*masks: str) -> Store:
+    """Documents as the loss sees them: "..##" is two tokens that are read and two that are learnt.
+
+    Document d begins with the token 1000 + d, and its tokens are 100 d, 100 d + 1, ...
+    """
+    lengths = np.array([len(mask) for mask in masks])
+    per_document = np.zeros(len(masks), dtype=np.int64)
+    return Store(
+        path=Path("nowhere"),
+        eos_id=0,
+        vocab_size=2000,
+        stream=np.concatenate([100 * d + np.arange(n) for d, n in enumerate(lengths)]).astype(np.uint16),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        starts=1000 + np.arange(len(masks)),
+        digests=per_document.astype(np.uint64),
+        num_bytes=per_document,
+        target_bytes=per_document,
+        mask=np.array([character == "#" for mask in masks for character in mask]),
+        without_end=0,
+    )
+
+
+def whole_rows(store: Store, length: int = T, **options: bool) -> WholeRows:
+    return WholeRows(store, np.arange(store.num_documents), length, seed=0, **options)
+
+
+def parts(row: Row) -> list[tuple[list[int], list[int], list[int]]]:
+    """Inputs, labels and positions of each segment."""
+    arrays = (row.input_ids, row.labels, row.position_ids)
+    return [
+        tuple(array[row.segment_ids == segment].tolist() for array in arrays)  # type: ignore[misc]
+        for segment in range(row.segment_ids[-1] + 1)
+    ]
+
+
+def test_what_is_masked_is_read_and_not_predicted() -> None:
+    rows = whole_rows(masked_store("..##.#", "#", "...."), shuffle=False)
+    assert len(rows) == 2
+    first, second = rows.row(0, 0), rows.row(0, 1)
+    assert first.input_ids.tolist() == [1000, 0, 1, 2, 3, 4, 0, 0]
+    assert first.labels.tolist() == [NO_TARGET, NO_TARGET, 2, 3, NO_TARGET, 5, NO_TARGET, NO_TARGET]
+    assert second.input_ids.tolist() == [1001] + [0] * 7
+    assert second.labels.tolist() == [100] + [NO_TARGET] * 7
+    assert first.position_ids.tolist() == list(range(8))
+    assert (rows.num_targets, rows.untrained_documents, rows.longest) == (4, 1, 6)
+
+
+def test_packed_conversations_begin_anew() -> None:
+    rows = whole_rows(masked_store(".##", "..##", ".#"), length=10, shuffle=False, pack=True)
+    assert len(rows) == 1
+    assert parts(rows.row(0, 0)) == [
+        ([1001, 100, 101, 102], [NO_TARGET, NO_TARGET, 102, 103], [0, 1, 2, 3]),
+        ([1000, 0, 1], [NO_TARGET, 1, 2], [0, 1, 2]),
+        ([1002, 200, 0], [NO_TARGET, 201, NO_TARGET], [0, 1, 2]),  # and the padding
+    ]
+    assert rows.padding == pytest.approx(1 / 10)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_long_conversation_loses_its_end(pack: bool) -> None:
+    rows = whole_rows(masked_store("...#####", "....#", "##"), length=4, shuffle=False, pack=pack)
+    assert (rows.num_targets, rows.truncated_documents, rows.truncated_tokens) == (3, 2, 5)
+    assert rows.untrained_documents == 1
+    assert rows.longest == 8
+    labels = [label for row in all_rows(rows, 0) for label in row.labels.tolist() if label != NO_TARGET]
+    assert labels == [3, 200, 201]
+
+
+def test_nothing_left_to_learn() -> None:
+    with pytest.raises(DataError, match=r"every label is masked: none of the 2 .*--max_seq_len 4; the longest needs 7"):
+        whole_rows(masked_store("....###", "....#"), length=4)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_each_conversation_comes_once_an_epoch(pack: bool) -> None:
+    rng = np.random.default_rng(0)
+    masks = ["." * rng.integers(1, 12) + "#" * rng.integers(1, 12) for _ in range(200)]
+    store = masked_store(*masks)
+    rows = whole_rows(store, length=32, pack=pack)
+    orders = []
+    for epoch in (0, 3):
+        found = [part for row in all_rows(rows, epoch) for part in parts(row)]
+        orders.append([inputs[0] for inputs, _, _ in found])
+        assert sorted(orders[-1]) == store.starts.tolist()
+        for inputs, labels, positions in found:
+            document = inputs[0] - 1000
+            tokens = store.tokens(document)
+            expected = np.where(store.trained(document), tokens, NO_TARGET).tolist()
+            assert labels[: len(tokens)] == expected
+            assert set(labels[len(tokens) :]) <= {NO_TARGET}
+            assert inputs[1 : len(tokens)] == tokens[:-1].tolist()
+            assert positions == list(range(len(inputs)))
+    assert orders[0] != orders[1]
+    assert rows.num_targets == sum(mask.count("#") for mask in masks)
+    if pack:
+        assert rows.padding < 0.02
+        assert len(rows) <= 1.03 * store.num_tokens / 32 + 1
+
+
+def test_packing_is_best_fit() -> None:
+    """Against the definition: longest first, each into the fullest bin with room for it."""
+    rng = np.random.default_rng(0)
+    for capacity in (1, 7, 64):
+        lengths = rng.integers(1, capacity + 1, 150)
+        loads: list[int] = []
+        for length in sorted(lengths.tolist(), reverse=True):
+            fitting = [load for load in loads if load + length <= capacity]
+            if fitting:
+                loads.remove(max(fitting))
+            loads.append(max(fitting, default=0) + length)
+        bins = best_fit(lengths, capacity)
+        assert sorted(place for places in bins for place in places) == list(range(150))
+        assert sorted(int(lengths[places].sum()) for places in bins) == sorted(loads)
+        assert max(loads) <= capacity
+    assert best_fit(np.array([5, 3, 6, 2]), 8) == [[2, 3], [0, 1]]
+    assert best_fit(np.array([], dtype=np.int64), 8) == []

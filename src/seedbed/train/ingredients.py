@@ -1,0 +1,58 @@
+"""What `train/scratch.py` and `train/finetune.py` bring to a job; `train/build.py` does the rest for both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from seedbed.checkpoint import require_space
+from seedbed.config import Config
+from seedbed.model.decoder import Decoder
+from seedbed.text.template import CHATML_TOKENS, Template, find_template
+from seedbed.text.tokenizer import Tokenizer
+from seedbed.train.corpus import Corpus, Texts
+from seedbed.train.resume import Start
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """The config with all that was found out written into it, the rows, and the model on the CPU."""
+
+    config: Config
+    texts: Texts
+    tokenizer: Tokenizer
+    template: Template | None
+    corpus: Corpus
+    model: Decoder
+
+
+def saved_tokenizer(start: Start) -> Tokenizer | None:
+    """The tokenizer of the run that goes on, if it got as far as having one."""
+    folder = start.checkpoint or start.run.path / "tokenizer"
+    return Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+
+
+def template_for(config: Config, texts: Texts, tokenizer: Tokenizer) -> Template | None:
+    """How the conversations among `texts` become tokens; None for plain texts."""
+    if not texts.are_conversations:
+        return None
+    return find_template(tokenizer, config.data.chat_template, texts.train.format)
+
+
+def with_template(tokenizer: Tokenizer, template: Template | None, more: tuple[str, ...] = ()) -> Tokenizer:
+    """The tokenizer with the special tokens that are missing and the template, so that a checkpoint carries both."""
+    needed = template.new_tokens if template else ()
+    new = [token for token in dict.fromkeys((*needed, *more)) if token not in tokenizer.special_tokens]
+    if new:
+        # An answer ends with the template's own end token, and that is where generation has to stop.
+        ends = CHATML_TOKENS[-1] if CHATML_TOKENS[-1] in needed else None
+        tokenizer = tokenizer.with_tokens(new, eos_token=ends)
+    if template is not None and template.source != tokenizer.chat_template:
+        tokenizer = tokenizer.with_chat_template(template.source)
+    return tokenizer
+
+
+def require_room(run: Path, parameters: int, trained: int, *, adapter: bool) -> None:
+    """Raise StorageError when the first checkpoint would not fit: float32 weights, two moments of what is trained."""
+    weights = trained if adapter else parameters
+    require_space(run, 4 * weights + 8 * trained)

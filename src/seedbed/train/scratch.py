@@ -1,0 +1,109 @@
+"""What training from scratch begins with: a tokenizer of its own text, and weights drawn with the seed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from seedbed.checkpoint import require_match
+from seedbed.config import Config, DataOptions, ModelOptions
+from seedbed.data import Reading
+from seedbed.errors import ConfigError
+from seedbed.model.config import DecoderConfig, from_scratch
+from seedbed.model.decoder import Decoder, num_parameters
+from seedbed.model.weights import load_decoder, read_config
+from seedbed.text.tokenizer import Tokenizer
+from seedbed.train.announce import banner
+from seedbed.train.corpus import make_tokenizer, open_texts, require_a_row, tokenize
+from seedbed.train.ingredients import Ingredients, require_room, saved_tokenizer, template_for, with_template
+from seedbed.train.progress import Display
+from seedbed.train.resume import Start
+
+ASSUMED_VOCAB = 8000
+
+
+def from_random_weights(start: Start, config: Config, display: Display) -> Ingredients:
+    """Texts, tokenizer and rows as the options have them, and fresh weights or those of the checkpoint."""
+    data, seed = config.data, config.training.seed
+    decoder_config(config.model, data, data.vocab_size or ASSUMED_VOCAB)  # contradictions first
+    texts = open_texts(data)
+    require_a_row(texts, data.max_seq_len)
+    banner(display, config, texts, start.run.path)
+    tokenizer = saved_tokenizer(start) or make_tokenizer(data, texts, display)
+    template = template_for(config, texts, tokenizer)
+    tokenizer = with_template(tokenizer, template)
+    template = template_for(config, texts, tokenizer)  # under the tokenizer that knows its tokens
+    corpus = tokenize(texts, Reading(tokenizer, template, data.train_on_prompt), data, seed, display)
+    shape = decoder_config(config.model, data, tokenizer.vocab_size)
+    parameters = num_parameters(shape)
+    require_room(start.run.path, parameters, parameters, adapter=False)
+    model = initial_model(shape, start.checkpoint, tokenizer, seed)
+    return Ingredients(with_shape(config, shape), texts, tokenizer, template, corpus, model)
+
+
+def decoder_config(model: ModelOptions, data: DataOptions, vocab_size: int) -> DecoderConfig:
+    """The shape of the decoder that the options describe; a folder's `config.json` may stand for them.
+
+    Raises:
+        ConfigError: sizes that contradict each other, or a context above the positions of the folder's model.
+    """
+    if model.arch is None:
+        return _from_folder(model, data, vocab_size)
+    missing = [name for name in ("d_model", "num_layers", "num_heads") if getattr(model, name) is None]
+    if missing:
+        raise ConfigError([f"--{name} is missing and --model {model.model} does not give it" for name in missing])
+    assert model.d_model and model.num_layers and model.num_heads
+    return from_scratch(
+        model.arch,
+        vocab_size=vocab_size,
+        d_model=model.d_model,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        d_ff=model.d_ff,
+        max_seq_len=data.max_seq_len,
+        dropout=model.dropout or 0.0,
+        tie_embeddings=model.tie_embeddings is not False,
+    )
+
+
+def _from_folder(model: ModelOptions, data: DataOptions, vocab_size: int) -> DecoderConfig:
+    shape = read_config(Path(model.model))
+    if data.max_seq_len > shape.max_seq_len:
+        raise ConfigError(
+            f"--max_seq_len {data.max_seq_len} is above the {shape.max_seq_len} positions of {model.model}; lower it"
+        )
+    given = model.model_dump(exclude={"model", "arch"}, exclude_none=True)
+    if "d_model" in given or "num_heads" in given:
+        given["head_dim"] = given.get("d_model", shape.d_model) // given.get("num_heads", shape.num_heads)
+    return replace(shape, vocab_size=vocab_size, **{"dropout": 0.0, **given})
+
+
+def with_shape(config: Config, shape: DecoderConfig) -> Config:
+    """The config with the sizes that were worked out written into it."""
+    return config.update(
+        f"model {config.model.model}",
+        **{
+            name: value
+            for name, value in {
+                "num_kv_heads": shape.num_kv_heads,
+                "d_ff": shape.d_ff,
+                "dropout": shape.dropout,
+                "tie_embeddings": shape.tie_embeddings,
+            }.items()
+            if getattr(config.model, name) is None
+        },
+    )
+
+
+def initial_model(shape: DecoderConfig, checkpoint: Path | None, tokenizer: Tokenizer, seed: int) -> Decoder:
+    """Fresh weights drawn with the seed, or those of the checkpoint."""
+    torch.manual_seed(seed)
+    model = Decoder(shape)
+    if checkpoint is not None:
+        saved = load_decoder(checkpoint)
+        require_match(saved.config, tokenizer, str(checkpoint))
+        model.load_state_dict(saved.state_dict())
+    return model
