@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := src tests benchmarks
 
-.PHONY: demo test check fix starter wheel docs clean
+.PHONY: demo test check fix starter instruction-table wheel docs clean
 
 demo: $(VENV)/installed  ## train, evaluate and generate on text inside your own Python: about two minutes
 	$(BIN)/seedbed demo
@@ -26,6 +26,11 @@ starter: $(VENV)/installed-dev  ## the tests that need a real pretrained model (
 	$(PIP) gguf accelerate
 	$(BIN)/python tests/starter.py .starter
 	SEEDBED_STARTER=.starter $(BIN)/python -m pytest -m starter
+
+instruction-table: $(VENV)/installed-dev  ## docs/instruction-results.md, measured anew: hours. DATA=rows.json
+	$(PIP) gguf accelerate
+	$(BIN)/python tests/starter.py .starter
+	$(BIN)/python benchmarks/instruction_tuning.py --model .starter --data $(DATA)
 
 docs: $(VENV)/installed-dev  ## the page of all options, made from the code
 	$(BIN)/python -m seedbed.cli.reference > docs/options.md

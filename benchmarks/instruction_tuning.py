@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,14 @@ def main() -> None:
     if "untuned" not in results:
         results["untuned"] = {**held_out(options.model, files), "answers": answers(options.model)}
         keep(results)
-    for name in options.only or RUNS:
-        if name in results["runs"]:
-            continue
-        results["runs"][name] = train(name, options.model, files, Path(options.output))
-        keep(results)
+    results["threads_a_run"] = threads = max(1, torch.get_num_threads() // options.jobs)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    missing = [name for name in options.only or RUNS if name not in results["runs"]]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        jobs = {pool.submit(train, name, options.model, files, Path(options.output)): name for name in missing}
+        for job in as_completed(jobs):
+            results["runs"][jobs[job]] = job.result()
+            keep(results)
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     PAGE.write_text(f"{before}{BEGIN}\n{tables(results)}\n{END}{after}", encoding="utf-8")
@@ -97,6 +101,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="the pretrained model's folder")
     parser.add_argument("--data", required=True, help="rows with instruction, input and output, in JSON")
     parser.add_argument("--output", default="runs/instruction-tuning", help="where the runs go")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--only", nargs="+", choices=RUNS, help="some of the runs")
     return parser.parse_args()
 

@@ -55,7 +55,7 @@ def save_checkpoint(
     with _written_whole(folder) as temporary:
         (temporary / "seedbed").mkdir()
         if model.adapter is None:
-            save_decoder(model, temporary, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+            save_decoder(model, temporary, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.end_ids)
         else:
             save_adapter(model, temporary)
         tokenizer.save(temporary)

@@ -52,7 +52,7 @@ def export_merged(model: str | Path, output: Path) -> dict[str, Any]:
     expected = _logits(decoder, sequences)
     merge_adapter(decoder)
     with new_folder(output) as temporary:
-        save_decoder(decoder, temporary, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+        save_decoder(decoder, temporary, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.end_ids)
         tokenizer.save(temporary)
         difference = _difference(_logits(load_decoder(temporary), sequences), expected)
         if not difference <= TOLERANCE:  # also when it is not a number

@@ -8,7 +8,7 @@ import click
 
 from seedbed.cli.app import cli
 from seedbed.cli.options import SectionOption
-from seedbed.config import REGIMES, SECTIONS, preset_names, read_preset
+from seedbed.config import REGIMES, SECTIONS, AdaptOptions, ModelOptions, preset_names, read_preset
 
 INTRO = """# Every option
 
@@ -19,16 +19,25 @@ each value where it came from.
 """
 
 
+ONLY = {ModelOptions: " (to fine-tune: `model` and `dropout`)", AdaptOptions: " (to fine-tune)"}
+
+
 def reference() -> str:
     """The whole page as Markdown."""
-    parts = [INTRO, "## Options of `pretrain`, `demo` and `plan pretrain`\n"]
-    options = {o.name: o for o in cli.commands["pretrain"].params if isinstance(o, SectionOption)}
+    parts = [INTRO, "## Options of `pretrain`, `finetune`, `demo` and `plan`\n"]
+    options = {
+        option.name: option
+        for verb in ("finetune", "pretrain")
+        for option in cli.commands[verb].params
+        if isinstance(option, SectionOption)
+    }
     for section in SECTIONS:
-        parts.append(f"### {section.__doc__}\n")
+        parts.append(f"### {section.__doc__}{ONLY.get(section, '')}\n")
         parts.append(_table([options[name] for name in section.model_fields]))
     parts.append("## Values that depend on the regime\n")
     for regime, values in REGIMES.items():
-        parts.append(f"`{regime}`: " + ", ".join(f"`{name}` {value}" for name, value in values.items()) + "\n")
+        known = {name: value for name, value in values.items() if value}
+        parts.append(f"`{regime}`: " + ", ".join(f"`{name}` {value}" for name, value in known.items()) + "\n")
     parts.append("## Presets\n\n| preset | values |\n|---|---|")
     for name in preset_names():
         preset = ", ".join(f"`{key}` {value}" for key, value in read_preset(name).items())
@@ -37,7 +46,7 @@ def reference() -> str:
     for name, command in _verbs(cli):
         own = [o for o in command.params if isinstance(o, click.Option) and o.name not in options]
         parts.append(f"### `seedbed {name}`\n\n{inspect.cleandoc(command.help or '')}\n")
-        if name not in ("pretrain", "demo", "plan pretrain") and own:
+        if name not in ("pretrain", "finetune", "demo", "plan pretrain", "plan finetune") and own:
             parts.append(_table(own))
     return "\n".join(parts)
 

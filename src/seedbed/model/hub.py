@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,8 +15,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seedbed.errors import CheckpointError, ConfigError, MissingExtra, StorageError
+from seedbed.errors import CheckpointError, ConfigError, StorageError
 from seedbed.model.families import read_config
+from seedbed.text.hub import HUB_ID, download
 from seedbed.text.tokenizer import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 MODEL_FILES = (*TOKENIZER_FILES, *WEIGHT_FILES)
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -51,7 +49,7 @@ def find_pretrained(name: str, flag: str = "--model") -> Path:
         raise ConfigError(f"{flag} {name} is a file; expected a model folder, or a hub id (owner/name)")
     if not HUB_ID.fullmatch(name):
         raise ConfigError(f"{flag} {name} does not exist; expected a model folder, or a hub id (owner/name)")
-    folder = _download(name, flag)
+    folder = download(name, MODEL_FILES, flag)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{flag} {name}: no config.json on the hub; expected a transformers model")
     if not any(folder.glob("model*.safetensors")):
@@ -151,36 +149,3 @@ def require_new(output: Path) -> None:
     """Raise ConfigError when `output` is there and not an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} is there already and not an empty folder; choose another")
-
-
-def _download(name: str, flag: str) -> Path:
-    """The hub's files of a model, from the hub's cache when they are there already."""
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
-    except ImportError:
-        raise MissingExtra(f"there is no folder {name} here, and models from the hub", "hub") from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
-    except GatedRepoError:
-        raise ConfigError(
-            f"{flag} {name}: its authors want their conditions accepted; do so on https://huggingface.co/{name}, "
-            "then log in with `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ConfigError(
-            f"{flag} {name}: there is no such folder here and no such model on the hub, or it is private; "
-            "check the name, and for a private one log in with `hf auth login`"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(
-            f"{flag} {name}: there is no such folder here, and the hub could not be asked ({reason}); "
-            "check the network, or give a model folder"
-        ) from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -19,7 +18,8 @@ from typing import Any, final
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from seedbed.errors import CheckpointError, ConfigError, DataError, MissingExtra
+from seedbed.errors import CheckpointError, ConfigError, DataError
+from seedbed.text.hub import HUB_ID, download
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -162,6 +162,11 @@ class Tokenizer:
         self.bos_id: int | None = None if bos_token is None else backend.token_to_id(bos_token)
         self.stop_ids: frozenset[int] = frozenset([eos_id, *stop_ids])
         """Every token at which the model's makers end a text: eos and those of generation_config.json."""
+
+    @property
+    def end_ids(self) -> int | list[int]:
+        """`stop_ids` as a config.json has them: a number, or a list of several."""
+        return self.eos_id if len(self.stop_ids) == 1 else sorted(self.stop_ids)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -323,6 +328,9 @@ class Tokenizer:
         backend = {"tokenizer.json": self._backend.to_str(pretty=True)}
         for name, content in (backend | {"tokenizer_config.json": self._settings()} | self._files).items():
             (folder / name).write_text(content, encoding="utf-8")
+        generation = folder / "generation_config.json"
+        if len(self.stop_ids) > 1 and not generation.exists():  # a model folder has its own
+            generation.write_text(json.dumps({"eos_token_id": self.end_ids}) + "\n", encoding="utf-8")
 
     def _saved(self, name: str) -> dict[str, Any]:
         """One of the settings files that the tokenizer was loaded with; empty when there was none."""
@@ -350,7 +358,13 @@ class Tokenizer:
         """
         folder = Path(folder_or_hub_id)
         if not folder.is_dir():
-            folder = _download(str(folder_or_hub_id))
+            name = str(folder_or_hub_id)
+            if not HUB_ID.fullmatch(name):
+                what = "is a file, not a folder" if Path(name).is_file() else "does not exist"
+                raise ConfigError(
+                    f"tokenizer {name} {what}; give a folder with a tokenizer.json, or a hub id (owner/name)"
+                )
+            folder = download(name, TOKENIZER_FILES, "tokenizer")
         settings = {name: _read_json(folder / name) for name in TOKENIZER_FILES[1:5]}
         backend = _read_backend(folder, settings["tokenizer_config.json"])
         eos_token = _find_eos(backend, settings)
@@ -365,7 +379,14 @@ class Tokenizer:
         if bos_token is not None and backend.token_to_id(bos_token) is None:
             bos_token = None
         stop_ids = [i for i in _eos_ids(settings["generation_config.json"]) if backend.id_to_token(i) is not None]
-        return Tokenizer(backend, eos_token, bos_token, _files_to_keep(folder), stop_ids)
+        files = _files_to_keep(folder)
+        own = settings["tokenizer_config.json"]
+        if "tokenizer_config.json" in files and _token_text(own.get("eos_token")) is None:
+            # The folder says it elsewhere, in files of the model that may not be there next time.
+            files["tokenizer_config.json"] = (
+                json.dumps(own | {"eos_token": eos_token}, indent=2, ensure_ascii=False) + "\n"
+            )
+        return Tokenizer(backend, eos_token, bos_token, files, stop_ids)
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
@@ -399,31 +420,6 @@ def _require_text(texts: Iterable[str]) -> Iterator[str]:
         yield text
     if not found:
         raise DataError("there is no text to train a tokenizer on; give --data a text that is not empty")
-
-
-def _download(name: str) -> Path:
-    """The tokenizer's files of a hub id, from the hub's cache when they are there already."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
-        what = "is a file, not a folder" if Path(name).is_file() else "does not exist"
-        raise ConfigError(f"tokenizer {name} {what}; give a folder with a tokenizer.json, or a hub id (owner/name)")
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-    except ImportError:
-        raise MissingExtra(f"there is no folder {name} here, and tokenizers from the hub", "hub") from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
-    except RepositoryNotFoundError:
-        raise ConfigError(
-            f"tokenizer {name}: there is no such folder here and no such model on the hub, or it is private; "
-            "check the name, and for a private one log in with `hf auth login`"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(
-            f"tokenizer {name}: there is no such folder here, and the hub could not be asked ({reason}); "
-            "check the network, or give a folder with a tokenizer.json"
-        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

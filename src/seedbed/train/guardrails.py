@@ -36,6 +36,7 @@ LEARNING_RATES = {
 
 SHORT_CONTEXT = 256  # tokens; and less than a quarter of what the model was trained with
 FEW_STEPS = 20  # optimizer updates, after which a loss curve is still noise
+RATHER_FEW_STEPS = 100  # and a pretrained model has hardly moved
 FEW_EXAMPLES = 1000
 MANY_EPOCHS = 10
 MANY_EPOCHS_OF_FEW = 5
@@ -163,17 +164,19 @@ def _epochs(facts: Facts) -> Iterator[Finding]:
 
 def _few_steps(facts: Facts) -> Iterator[Finding]:
     training, steps = facts.config.training, facts.total_steps
-    if steps is None or steps >= FEW_STEPS or (training.max_steps or 0) == steps:
+    enough = FEW_STEPS if facts.config.regime == "scratch" else RATHER_FEW_STEPS
+    if steps is None or steps >= enough or (training.max_steps or 0) == steps:
         return
     rows = training.batch_size * training.grad_accumulation
     yield Finding(
         "few_steps",
-        "warning",
-        f"the run is {steps} steps of {rows} rows, too short to learn or to show anything (fewer than {FEW_STEPS}); "
+        "warning" if steps < FEW_STEPS else "note",
+        f"the run is {steps} steps of {rows} rows, too few to learn much (at least {enough} are usual); "
         f"--batch_size {training.batch_size}, {_place(facts, 'batch_size')}; --epochs {training.epochs}, "
         f"{_place(facts, 'epochs')}",
         {"total_steps": steps, "batch_size": training.batch_size, "grad_accumulation": training.grad_accumulation},
-        "Lower --batch_size or --grad_accumulation, raise --epochs, or give --data more text.",
+        "Lower --batch_size or --grad_accumulation (a packed row holds many short examples), raise --epochs, or give "
+        "--data more text.",
     )
 
 

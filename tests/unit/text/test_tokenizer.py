@@ -336,3 +336,17 @@ def test_batches_of_text_keep_order_and_size() -> None:
     batches = list(batches_of_text(texts, max_chars=8))
     assert [text for batch in batches for text in batch] == texts
     assert [len(batch) for batch in batches] == [2, 1, 2]
+
+
+def test_the_end_of_text_is_kept_when_only_the_model_s_files_name_it(tmp_path: Path) -> None:
+    """A folder whose tokenizer_config.json is silent, then saved without a model."""
+    tokenizer = train_bpe(["some text to learn from " * 20], 300).with_tokens(["<|im_end|>"])
+    tokenizer.save(tmp_path / "model")
+    (tmp_path / "model/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    end = tokenizer.encode_with_special_tokens("<|im_end|>")[0][0]
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": [end, tokenizer.eos_id]}))
+    loaded = Tokenizer.load(tmp_path / "model")
+    assert loaded.eos_id == end
+    loaded.save(tmp_path / "alone")
+    again = Tokenizer.load(tmp_path / "alone")
+    assert (again.eos_id, again.stop_ids) == (loaded.eos_id, loaded.stop_ids) == (end, {end, tokenizer.eos_id})
