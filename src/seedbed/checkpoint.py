@@ -164,12 +164,17 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenize
         base = find_base(folder)
         model = _load_base(base)
         load_adapter(model, folder)
-        own = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-        tokenizer = Tokenizer.load(folder if own else base)
     else:
-        model, tokenizer = load_decoder(folder), Tokenizer.load(folder)
+        model = load_decoder(folder)
+    tokenizer = Tokenizer.load(tokenizer_folder(folder))
     require_match(model.config, tokenizer, str(folder))
     return model.to(pick_device(device)).eval(), tokenizer
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of a model folder is: PEFT leaves an adapter's with its base."""
+    own = any((folder / name).is_file() for name in ("config.json", "tokenizer.json", "vocab.json"))
+    return folder if own else find_base(folder)
 
 
 def find_base(folder: Path) -> Path:

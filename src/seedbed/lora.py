@@ -108,10 +108,10 @@ def find_targets(config: DecoderConfig, targets: str, last_blocks: int | None = 
         ConfigError: names each item that matches nothing; `last_blocks` beyond the number of blocks.
     """
     if last_blocks is not None and not 1 <= last_blocks <= config.num_layers:
-        raise ConfigError(f"last_blocks {last_blocks}: expected from 1 to {config.num_layers}, the number of blocks")
+        raise ConfigError(f"--last_blocks {last_blocks}: expected from 1 to {config.num_layers}, the number of blocks")
     items = [item.strip() for item in targets.split(",") if item.strip()]
     if not items:
-        raise ConfigError("lora_targets is empty; expected a comma list such as all-linear or attention,head")
+        raise ConfigError("--lora_targets is empty; expected a comma list such as all-linear or attention,head")
     names = _linear_layers(config, config.num_layers - (last_blocks or config.num_layers))
     chosen: set[str] = set()
     problems = []
@@ -230,6 +230,6 @@ def _no_match(item: str, names: Sequence[tuple[str, str]], last_blocks: int | No
     known = list(dict.fromkeys((*_GROUPS, *ends)))
     where = f" in the last {last_blocks} blocks" if last_blocks else ""
     return (
-        f"lora_targets {item}: no linear layer{where} has this name{did_you_mean(item, known)}. "
+        f"--lora_targets {item}: no linear layer{where} has this name{did_you_mean(item, known)}. "
         f"There are {', '.join(known)}, and patterns such as {names[0][0].rpartition('.')[0]}.*"
     )

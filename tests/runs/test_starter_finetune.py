@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -76,10 +77,11 @@ def test_adapter_and_merged_model_open_elsewhere(starter: str, adapted: Path, tm
     ids = torch.arange(1000, 1040)[None]
     ours, _ = load_model(adapted)
     base = transformers.AutoModelForCausalLM.from_pretrained(starter)
-    with_peft = peft.PeftModel.from_pretrained(base, str(adapted / "checkpoints/best")).eval()
+    with_peft: Any = peft.PeftModel.from_pretrained(base, str(adapted / "checkpoints/best"))
+    with_peft.eval()
     with torch.no_grad():
         expected = ours.logits(ours(ids))
         torch.testing.assert_close(with_peft(ids).logits, expected, atol=2e-4, rtol=1e-4)
         assert run(["export", "--model", str(adapted), "--merge", "--output", str(tmp_path / "merged")]) == 0
-        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        merged: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         torch.testing.assert_close(merged(ids).logits, expected, atol=2e-4, rtol=1e-4)

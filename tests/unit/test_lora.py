@@ -143,7 +143,7 @@ def test_the_last_blocks_and_the_head() -> None:
     assert short(names, 0) == ["lm_head"]
     assert len(names) == 2 * 4 + 1
     assert names[-1] == "lm_head"
-    with pytest.raises(ConfigError, match="last_blocks 4: expected from 1 to 3"):
+    with pytest.raises(ConfigError, match="--last_blocks 4: expected from 1 to 3"):
         find_targets(tiny(), "attention", last_blocks=4)
     with pytest.raises(ConfigError, match=r"model\.layers\.0\.\*: no linear layer in the last 1 blocks"):
         find_targets(tiny(), "model.layers.0.*", last_blocks=1)

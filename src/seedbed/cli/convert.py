@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-@click.command(
-    "import", cls=Verb, epilog="Example: seedbed import SmolLM2-135M-Instruct.Q4_1.gguf smollm2 --dtype bfloat16"
-)
+@click.command("import", cls=Verb, epilog="Example: seedbed import SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2")
 @click.argument("source")
-@click.argument("output")
+@click.argument("folder", required=False)
+@click.option("--output", metavar="FOLDER", help="Where to write it, if no FOLDER follows SOURCE; a new or empty one.")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
@@ -29,8 +28,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 )
 @json_option
 @click.pass_context
-def import_model(ctx: click.Context, /, source: str, output: str, dtype: str | None, as_json: bool) -> None:
-    """Make a model folder OUTPUT of SOURCE: a .gguf file, or a model on the hub (gpt2, owner/name).
+def import_model(
+    ctx: click.Context,
+    /,
+    source: str,
+    folder: str | None,
+    output: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Make a model folder of SOURCE: a .gguf file, or a model on the hub (gpt2, owner/name).
 
     Every --model takes the folder, and transformers opens it. Quantized weights become plain ones of 4 bytes each (2
     with --dtype bfloat16); what quantization lost stays lost. Families: GPT-2, Llama (and what a GGUF file calls
@@ -41,6 +48,7 @@ def import_model(ctx: click.Context, /, source: str, output: str, dtype: str | N
     from seedbed.model.hub import require_new
     from seedbed.train.progress import Display
 
+    output = _one_of("--output", output, folder)
     require_new(Path(output))
     display = Display(make_console(as_json), log_every=1)
     convert = _import_gguf if source.lower().endswith(".gguf") else _import_folder
@@ -100,17 +108,21 @@ def _import_folder(source: str, output: Path, dtype: str | None, display: Displa
 
 
 @click.command(cls=Verb, epilog="Example: seedbed export --model runs/questions-gpt2-lora --merge --output merged")
-@click.option("--model", required=True, metavar="FOLDER", help="An adapter's checkpoint, or a run that trained one.")
+@click.argument("folder", required=False)
+@click.option("--model", metavar="FOLDER", help="An adapter's checkpoint, or a run that trained one.")
 @click.option("--merge", is_flag=True, help="Merge the adapter into its base: a plain model folder.")
 @click.option("--output", required=True, metavar="FOLDER", help="Where to write it; a new or empty folder.")
 @json_option
 @click.pass_context
-def export(ctx: click.Context, /, model: str, merge: bool, output: str, as_json: bool) -> None:
+def export(
+    ctx: click.Context, /, folder: str | None, model: str | None, merge: bool, output: str, as_json: bool
+) -> None:
     """Make a model for other programs of what was trained.
 
     The merged weights are read back from the disk and must give the adapter's logits, or nothing is written.
     """
     refuse_unknown(ctx)
+    model = _one_of("--model", model, folder)
     if not merge:
         raise ConfigError("export needs to know what to make: --merge (a plain model of an adapter and its base)")
     from seedbed.export import export_merged
@@ -129,3 +141,12 @@ def export(ctx: click.Context, /, model: str, merge: bool, output: str, as_json:
             "Logits": f"differ by {facts['max_difference']:.1e} of the largest ({facts['tolerance']:.0e} allowed)",
         }
     )
+
+
+def _one_of(flag: str, given: str | None, word: str | None) -> str:
+    """A value that may follow its flag or stand alone."""
+    if given and word:
+        raise ConfigError(f"{flag} {given} and {word} name the same thing twice; leave one of them out")
+    if not (value := given or word):
+        raise ConfigError(f"{flag} is missing: name a folder")
+    return value

@@ -261,7 +261,7 @@ def _contradictions(config: Config) -> Iterable[str]:
                 yield f"{say(name)} has no meaning with --optimizer sgd; leave it out"
     if config.regime == "scratch":
         return
-    if not config.model.model:
+    if not config.model.model and not config.watching.resume_from:
         yield "--model is missing: name a model folder, a run, or a hub id such as HuggingFaceTB/SmolLM2-135M"
     if data.tokenizer in TRAINED_HERE:
         yield f"{say('tokenizer')}: a pretrained model only knows its own tokenizer; leave it out"

@@ -1,7 +1,8 @@
 """A look at the training data for what spoils a model: in one pass, in time that grows with the text alone.
 
-A row is one conversation (or document), counted from 1 in the order given. Its prompt is all that comes before the
-last answer. Prompts are compared by their words: case, white space and the punctuation around words do not count.
+A row is one conversation (or document), counted from 1 in the order given unless its number is given too. Its prompt
+is all that comes before the last answer. Prompts are compared by their words: case, white space and the punctuation
+around words do not count.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from dataclasses import dataclass
 from heapq import nlargest
 from itertools import pairwise
 from statistics import median_low
-from typing import Any
+from typing import Any, TypeVar
 
+from seedbed.data.conversations import asked_words, words_of
 from seedbed.findings import Finding, Level
 
+T = TypeVar("T")
 Conversation = Sequence[Mapping[str, Any]]
 """Messages, each with `role` and `content`, as `conversations.from_document` gives."""
 
@@ -34,7 +37,6 @@ VARIETY_WORDS = 100_000
 FEW_OPENINGS = 0.02  # distinct openings a row; of 1,100 plain instructions it is 0.28
 FEW_WORDS = 0.02  # distinct words a word; in the first 100,000 words of English prose it is about 0.1
 
-_EDGES = ".,;:!?…\"'“”‘’()[]{}«»*_`"
 _HEADING = r"#{2,}[ \t]*(?:instruction|input|response|output|question|answer|user|assistant|human|system)\b"
 _NAME = r"(?:question|answer|user|assistant|human|system|bot|q|a)[ \t]*:|(?:user|assistant|system)[ \t]*\n"
 _ROLE_LABEL = re.compile(
@@ -99,48 +101,71 @@ NAMES = (*_KINDS, "long_rows", "repeated_openings", "repeated_answer", "few_word
 
 
 def lint(
-    train: Iterable[Conversation], validation: Iterable[Conversation] = (), *, max_chars: int | None = None
+    train: Iterable[Conversation],
+    validation: Iterable[Conversation] = (),
+    *,
+    rows: Iterable[int] | None = None,
+    validation_rows: Iterable[int] | None = None,
+    max_chars: int | None = None,
 ) -> list[Finding]:
     """What is odd about conversations to train on, and which of `validation` they give away.
 
-    A row is long from `max_chars` characters on; by default from 10 times the median.
+    Args:
+        train, validation: the conversations.
+        rows, validation_rows: their numbers in the file, where that is not their order here.
+        max_chars: a row is long from so many characters on; by default from 10 times the median.
     """
-    held_out = _HeldOut(_prompt_words(messages) for messages in validation)
+    held_out = _HeldOut((asked_words(messages) for messages in validation), validation_rows)
     sightings, variety = _Sightings(), _Variety()
     copies = _Copies(sightings)
-    lengths = array("q")
-    for row, messages in enumerate(train, start=1):
+    numbers, lengths = array("q"), array("q")
+    for row, messages in _numbered(train, rows):
         prompt, answer = _last_exchange(messages)
-        words = _prompt_words(messages)
+        words = asked_words(messages)
+        numbers.append(row)
         lengths.append(sum(len(message["content"]) for message in messages))
         for name, text in _row_problems(messages):
             sightings.add(name, row, text)
         copies.see(row, prompt, answer)
         held_out.see(row, words)
         variety.see(words, answer)
-    rows = len(lengths)
+    total = len(lengths)
     return [
-        *sightings.findings(rows),
+        *sightings.findings(total),
         *held_out.findings(),
-        *_long_rows(lengths, max_chars),
+        *_long_rows(numbers, lengths, max_chars),
         *variety.findings(),
     ]
 
 
-def lint_texts(train: Iterable[str], validation: Iterable[str] = ()) -> list[Finding]:
-    """What is odd about plain documents: copies, leaks into `validation`, leftovers of markup, few words."""
-    held_out = _HeldOut((_words(text) for text in validation), near=False)
+def lint_texts(
+    train: Iterable[str],
+    validation: Iterable[str] = (),
+    *,
+    rows: Iterable[int] | None = None,
+    validation_rows: Iterable[int] | None = None,
+) -> list[Finding]:
+    """What is odd about plain documents: copies, leaks into `validation`, leftovers of markup, few words.
+
+    Arguments as of `lint`.
+    """
+    held_out = _HeldOut((words_of(text) for text in validation), validation_rows, near=False)
     sightings, variety = _Sightings(), _Variety()
     copies = _Copies(sightings)
-    row = 0
-    for row, text in enumerate(train, start=1):
-        words = _words(text)
+    total = 0
+    for row, text in _numbered(train, rows):
+        total += 1
+        words = words_of(text)
         for name, shown in _markup(text):
             sightings.add(name, row, shown)
         copies.see(row, text, "")
         held_out.see(row, words)
         variety.count_words(words)
-    return [*sightings.findings(row), *held_out.findings(), *variety.few_words()]
+    return [*sightings.findings(total), *held_out.findings(), *variety.few_words()]
+
+
+def _numbered(things: Iterable[T], rows: Iterable[int] | None) -> Iterator[tuple[int, T]]:
+    return enumerate(things, start=1) if rows is None else zip(rows, things, strict=True)
 
 
 def _last_exchange(messages: Conversation) -> tuple[str, str]:
@@ -149,14 +174,6 @@ def _last_exchange(messages: Conversation) -> tuple[str, str]:
     last = answers[-1] if answers else len(messages)
     prompt = "\n".join(message["content"] for message in reversed(messages[:last]))
     return prompt, messages[last]["content"] if answers else ""
-
-
-def _words(text: str) -> list[str]:
-    return [word for word in (piece.strip(_EDGES) for piece in text.casefold().split()) if word]
-
-
-def _prompt_words(messages: Conversation) -> list[str]:
-    return _words(" ".join(message["content"] for message in messages if message["role"] == "user"))
 
 
 def _row_problems(messages: Conversation) -> Iterator[tuple[str, str]]:
@@ -190,8 +207,8 @@ def _echoes(prompt: str, answer: str) -> bool:
     """Whether an answer begins with all of a prompt of at least four words, and goes on."""
     if prompt[:1].casefold() != answer[:1].casefold() or len(answer) <= len(prompt):
         return False
-    asked = _words(prompt)
-    return len(asked) >= 4 and _words(answer)[: len(asked)] == asked
+    asked = words_of(prompt)
+    return len(asked) >= 4 and words_of(answer)[: len(asked)] == asked
 
 
 class _Sightings:
@@ -248,15 +265,15 @@ class _HeldOut:
     Shingles of many validation rows are left out of that count, so a row meets a few at most and time stays linear.
     """
 
-    def __init__(self, prompts: Iterable[list[str]], *, near: bool = True) -> None:
+    def __init__(self, prompts: Iterable[list[str]], rows: Iterable[int] | None, *, near: bool = True) -> None:
         self._rows = 0
         self._exact: defaultdict[str, list[int]] = defaultdict(list)
         self._holders: dict[tuple[str, ...], list[int]] = {}
         self._given_away: dict[int, tuple[int, str]] = {}
         self._nearly: dict[int, tuple[int, str]] = {}
         holders: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
-        for row, words in enumerate(prompts, start=1):
-            self._rows = row
+        for row, words in _numbered(prompts, rows):
+            self._rows += 1
             if words:
                 self._exact[" ".join(words)].append(row)
             for shingle in _shingles(words) if near else ():
@@ -312,7 +329,7 @@ class _Variety:
         self._rows += 1
         self._openings[" ".join(prompt_words[:3])] += 1
         self._answers[_shorten(answer)] += 1
-        self.count_words([*prompt_words, *_words(answer)])
+        self.count_words([*prompt_words, *words_of(answer)])
 
     def count_words(self, words: list[str]) -> None:
         if self._words < VARIETY_WORDS:
@@ -357,7 +374,7 @@ class _Variety:
             )
 
 
-def _long_rows(lengths: array[int], max_chars: int | None) -> Iterator[Finding]:
+def _long_rows(numbers: array[int], lengths: array[int], max_chars: int | None) -> Iterator[Finding]:
     if not lengths:
         return
     median = median_low(lengths)
@@ -365,7 +382,7 @@ def _long_rows(lengths: array[int], max_chars: int | None) -> Iterator[Finding]:
     count = sum(length > limit for length in lengths)
     if not count:
         return
-    longest = nlargest(EXAMPLES, enumerate(lengths, start=1), key=lambda pair: pair[1])
+    longest = nlargest(EXAMPLES, zip(numbers, lengths, strict=True), key=lambda pair: pair[1])
     row, length = longest[0]
     yield Finding(
         "long_rows",

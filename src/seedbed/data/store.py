@@ -4,7 +4,7 @@ CACHE/KEY/          KEY is the fingerprint of the text, the tokenizer, the templ
   tokens.bin        what is predicted: each document's tokens and then its end, uint16 or uint32
   offsets.bin       (documents + 1,) int64: where each begins in tokens.bin, in tokens
   starts.bin        (documents,) int64: the token that stands before each: end of text, or its template's first
-  digests.bin       (documents,) uint64: BLAKE2b of the text
+  digests.bin       (documents,) uint64: BLAKE2b of the text, or of a conversation's questions; decides the split
   bytes.bin         (documents,) int64: size of the text in UTF-8; of a conversation's, as it was read
   target_bytes.bin  (documents,) int64: the part of it that the loss counts
   mask.bin          conversations only, bool: whether each token of tokens.bin is a target of the loss
@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, final
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from seedbed.data.conversations import from_document
+from seedbed.data.conversations import from_document, split_key
 from seedbed.data.sources import Source
 from seedbed.errors import StorageError
 from seedbed.text.template import Template
@@ -297,7 +297,7 @@ def _conversations(source: Source, reading: Reading) -> Generator[_Batch]:
             batch.mask += mask
             batch.lengths.append(len(ids))
             batch.starts.append(start)
-            batch.digests.append(digest(raw))
+            batch.digests.append(digest(split_key(document)))
             batch.num_bytes.append(len(raw))
             batch.target_bytes.append(sum(len(text.encode()) for text in learnt))
             batch.without_end += not example.ends

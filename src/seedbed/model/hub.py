@@ -45,7 +45,9 @@ def find_pretrained(name: str, flag: str = "--model") -> Path:
         return Path(name)
     if Path(name).is_file():
         if name.lower().endswith(".gguf"):
-            raise ConfigError(f"{flag} {name}: a GGUF file; make a folder of it first: seedbed import {name} FOLDER")
+            raise ConfigError(
+                f"{flag} {name}: a GGUF file; make a folder of it first: seedbed import {name} --output FOLDER"
+            )
         raise ConfigError(f"{flag} {name} is a file; expected a model folder, or a hub id (owner/name)")
     if not HUB_ID.fullmatch(name):
         raise ConfigError(f"{flag} {name} does not exist; expected a model folder, or a hub id (owner/name)")

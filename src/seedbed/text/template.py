@@ -271,6 +271,8 @@ class Template:
                 spans.append((len(before), ends[len(spans)]))
             else:
                 self._refuse_to_guess(messages)
+            if message["content"].strip() and spans[-1][0] == spans[-1][1]:  # it prints no answer at all
+                self._refuse_to_guess(messages)
         return spans
 
     def _refuse_to_guess(self, messages: Sequence[Message]) -> NoReturn:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from seedbed.config import TRAINED_HERE, DataOptions, TextOptions
 from seedbed.data import PackedRows, Reading, Source, Store, WholeRows, held_out, open_source, open_store
 from seedbed.data.augment import augmented
-from seedbed.data.conversations import from_document
+from seedbed.data.conversations import from_document, split_key
 from seedbed.data.store import digest
 from seedbed.errors import ConfigError, DataError
 from seedbed.text.tokenizer import Tokenizer, train_bpe, train_char
@@ -70,9 +70,17 @@ class Texts:
             validation = self.train.derived(self.held_out_documents, f"held out {kind}")
         return Texts(train, validation, self.val_split)
 
+    def rows(self) -> tuple[list[int] | None, list[int] | None]:
+        """Numbers, from 1, of the training documents and the held-out ones in what was read; None for 1, 2, 3, …"""
+        if self.validation is not None or not self.val_split:
+            return None, None
+        mask = self._held_out()
+        return (np.flatnonzero(~mask) + 1).tolist(), (np.flatnonzero(mask) + 1).tolist()
+
     def _held_out(self) -> NDArray[np.bool_]:
-        encoded = (text.encode() for text in self.train.documents())
-        facts = np.array([(digest(text), len(text)) for text in encoded], dtype=np.uint64)  # (documents, 2)
+        encoded = ((text, text.encode()) for text in self.train.documents())
+        keys = ((split_key(text) if self.are_conversations else raw, len(raw)) for text, raw in encoded)
+        facts = np.array([(digest(key), size) for key, size in keys], dtype=np.uint64)  # (documents, 2)
         return held_out(facts[:, 0], facts[:, 1].astype(np.int64), self.val_split)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from seedbed.adapter import load_adapter
-from seedbed.checkpoint import find_base, find_model, load_model, require_match
+from seedbed.checkpoint import find_base, find_model, load_model, require_match, tokenizer_folder
 from seedbed.config import AdaptOptions, Config, preset_names, read_preset
 from seedbed.data import Reading
 from seedbed.errors import ConfigError
@@ -91,12 +91,6 @@ def base_shape(folder: Path) -> DecoderConfig:
     if (folder / "config.json").is_file():
         return read_config(folder)
     return read_config(find_base(folder))
-
-
-def tokenizer_folder(folder: Path) -> Path:
-    """Where the tokenizer of a model folder is: PEFT leaves an adapter's with its base."""
-    own = any((folder / name).is_file() for name in ("config.json", "tokenizer.json", "vocab.json"))
-    return folder if own else find_base(folder)
 
 
 def planned_shape(name: str) -> DecoderConfig:

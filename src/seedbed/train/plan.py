@@ -126,9 +126,11 @@ def look_ahead(
     if config.regime == "scratch":
         return findings
     train, held_out = texts.training_documents(), texts.held_out_documents()
+    numbers, held_out_numbers = texts.rows()
     if not texts.are_conversations:
-        return findings + lint_texts(train, held_out)
-    return findings + lint(map(from_document, train), map(from_document, held_out))
+        return findings + lint_texts(train, held_out, rows=numbers, validation_rows=held_out_numbers)
+    conversations, questions = map(from_document, train), map(from_document, held_out)
+    return findings + lint(conversations, questions, rows=numbers, validation_rows=held_out_numbers)
 
 
 def length(config: Config, num_rows: int) -> tuple[int | None, int | None]:

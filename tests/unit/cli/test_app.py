@@ -145,7 +145,7 @@ FLAGS: dict[str, set[str]] = {
     "tokenizer show": {"--text", "--data", "--json"},
     "data list": {"--json"},
     "data show": {"--num", "--model", "--json"} | DATA,
-    "import": {"--dtype", "--json"},
+    "import": {"--output", "--dtype", "--json"},
     "export": {"--model", "--merge", "--output", "--json"},
     "verify": {"--json"},
 }

@@ -56,7 +56,7 @@ def test_import_copies_a_folder_in_another_type(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, output = tiny_run / "checkpoints/best", tmp_path / "half"
-    assert run(["import", str(source), str(output), "--dtype", "bfloat16", "--json"]) == 0
+    assert run(["import", str(source), "--output", str(output), "--dtype", "bfloat16", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["dtype"], facts["family"]) == ("bfloat16", "llama")
     whole, half = (path / "model.safetensors" for path in (source, output))

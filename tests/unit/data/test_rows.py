@@ -197,7 +197,7 @@ def parts(row: Row) -> list[tuple[list[int], list[int], list[int]]]:
     """Inputs, labels and positions of each segment."""
     arrays = (row.input_ids, row.labels, row.position_ids)
     return [
-        tuple(array[row.segment_ids == segment].tolist() for array in arrays)  # type: ignore[misc]
+        tuple(array[row.segment_ids == segment].tolist() for array in arrays)
         for segment in range(row.segment_ids[-1] + 1)
     ]
 
@@ -253,7 +253,7 @@ def test_each_conversation_comes_once_an_epoch(pack: bool) -> None:
         assert sorted(orders[-1]) == store.starts.tolist()
         for inputs, labels, positions in found:
             document = inputs[0] - 1000
-            tokens = store.tokens(document)
+            tokens = store.tokens(document).astype(np.int64)
             expected = np.where(store.trained(document), tokens, NO_TARGET).tolist()
             assert labels[: len(tokens)] == expected
             assert set(labels[len(tokens) :]) <= {NO_TARGET}

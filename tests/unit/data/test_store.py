@@ -161,7 +161,7 @@ def test_no_document_is_on_both_sides(tokenizer: Tokenizer, tmp_path: Path) -> N
 BUILDER = """
 import sys
 from pathlib import Path
-from seedbed.data import from_texts, open_store
+from seedbed.data import Reading, from_texts, open_store
 from seedbed.text import Tokenizer
 
 def wait(done, total):
@@ -270,7 +270,9 @@ def test_a_store_holds_conversations_and_what_is_learnt(
         said = [m["content"] for m in messages if train_on_prompt or m["role"] == "assistant"]
         assert store.target_bytes[i] == sum(len(text.encode()) for text in said)
         assert store.num_bytes[i] == len(to_document(messages).encode())
-    assert tokenizer.decode(store.tokens(0)[store.trained(0)][-2:].tolist()) != ""
+    learnt_text = tokenizer.decode(store.tokens(0)[store.trained(0)].tolist(), skip_special_tokens=True)
+    assert learnt_text.endswith("ANSWER: The naïve one." if train_on_prompt else " The naïve one.")
+    assert learnt_text.startswith(" The") != train_on_prompt
     assert store.without_end == 0
 
 

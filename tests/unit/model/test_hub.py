@@ -158,7 +158,7 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
     gguf, other = tmp_path / "a.gguf", tmp_path / "a.txt"
     gguf.touch()
     other.touch()
-    with pytest.raises(ConfigError, match=rf"seedbed import {gguf} FOLDER"):
+    with pytest.raises(ConfigError, match=rf"seedbed import {gguf} --output FOLDER"):
         find_pretrained(str(gguf))
     with pytest.raises(ConfigError, match="is a file; expected a model folder"):
         find_pretrained(str(other))
