@@ -10,11 +10,11 @@ import pytest
 
 import seedbed
 
-PUBLIC = ["Evaluation", "LanguageModel", "Run", "SeedbedError", "Trainer", "load", "pretrain"]
+PUBLIC = ["Evaluation", "LanguageModel", "Run", "SeedbedError", "Trainer", "finetune", "load", "pretrain"]
 """Adding a name is a line here; removing or renaming one breaks somebody's program."""
 
 METHODS = {
-    "LanguageModel": ["evaluate", "generate"],
+    "LanguageModel": ["chat", "evaluate", "generate"],
     "Run": ["load"],
     "Trainer": ["evaluate", "generate", "load_model", "train"],
     "Evaluation": ["bits_per_byte", "nats_per_token", "to_json", "token_ppl", "word_ppl"],
@@ -45,7 +45,8 @@ def test_public_methods(name: str) -> None:
 
 
 def test_options_of_functions() -> None:
-    assert list(inspect.signature(seedbed.pretrain).parameters) == ["config", "quiet", "options"]
+    for train in (seedbed.pretrain, seedbed.finetune):
+        assert list(inspect.signature(train).parameters) == ["config", "quiet", "options"]
     assert list(inspect.signature(seedbed.load).parameters) == ["path", "device"]
 
 

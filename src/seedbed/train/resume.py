@@ -122,8 +122,8 @@ def _adopt(config: Config, path: Path, free: frozenset[str]) -> Config:
         sources, regime = saved.pop("sources"), saved.pop("regime", "scratch")
     except (OSError, yaml.YAMLError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}/config.yaml is not readable: {error}") from None
-    if regime == "lora" and config.regime == "finetune" and not config.is_given("lora"):
-        config = replace(config, regime=regime)  # the run knows what it is
+    if regime == "lora" and config.regime == "finetune" and config.watching.resume_from:
+        config = replace(config, regime=regime)  # the checkpoint knows what it is
     if regime != config.regime:
         raise ConfigError(
             f"{path} holds a run of another kind ({regime}, and this command means {config.regime}); "
