@@ -89,7 +89,7 @@ def build_job(start: Start, display: Display) -> Job:
         state=state,
         epochs=epochs,
         total_steps=total_steps,
-        parent=start.parent,
+        parent=start.parent or (None if config.regime == "scratch" else config.model.model),
         sample=sample,
     )
 

@@ -68,7 +68,7 @@ class Job:
     total_steps: int | None
     """None, like `epochs`, when only the clock ends the run."""
     parent: str | None
-    """The checkpoint this run began from."""
+    """The checkpoint or pretrained model this run began from."""
     sample: Prompt
     """What the model continues, or answers, at each validation."""
 
