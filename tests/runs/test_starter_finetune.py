@@ -85,3 +85,14 @@ def test_adapter_and_merged_model_open_elsewhere(starter: str, adapted: Path, tm
         assert run(["export", "--model", str(adapted), "--merge", "--output", str(tmp_path / "merged")]) == 0
         merged: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         torch.testing.assert_close(merged(ids).logits, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.starter
+def test_it_talks(adapted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two turns, the second of which only makes sense after the first."""
+    lines = iter(["Which city is the capital of France?", "And of Italy?", ""])
+    monkeypatch.setattr("builtins.input", lambda _prompt: next(lines))
+    assert run(["chat", "--model", str(adapted), "--greedy", "--max_new_tokens", "20"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert "Paris" in first
+    assert "Rome" in second

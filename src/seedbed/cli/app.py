@@ -10,7 +10,7 @@ import click
 from seedbed import __version__
 from seedbed.cli.convert import export, import_model
 from seedbed.cli.inspect import data, tokenizer, verify
-from seedbed.cli.models import evaluate, generate
+from seedbed.cli.models import chat, evaluate, generate
 from seedbed.cli.training import demo, finetune, plan, pretrain
 from seedbed.errors import SeedbedError
 
@@ -24,7 +24,7 @@ def cli() -> None:
     """Grow small language models on the machine you have, and know what is going wrong."""
 
 
-for verb in (demo, pretrain, finetune, plan, evaluate, generate, export, import_model, tokenizer, data, verify):
+for verb in (demo, pretrain, finetune, plan, evaluate, generate, chat, export, import_model, tokenizer, data, verify):
     cli.add_command(verb)
 
 

@@ -214,10 +214,56 @@ def generate(
 
 def _question(tokenizer: Tokenizer, model: str, text: str, system: str | None) -> list[int]:
     """A question as the model was taught to be asked."""
-    if tokenizer.chat_template is None:
-        raise ConfigError(f"--chat: {model} has no chat template, so it was not taught to answer; leave --chat out")
     messages = [{"role": "system", "content": system}] if system else []
-    return find_template(tokenizer, None, "chat").prompt_ids([*messages, {"role": "user", "content": text}])
+    return _own_template(tokenizer, model).prompt_ids([*messages, {"role": "user", "content": text}])
+
+
+def _own_template(tokenizer: Tokenizer, model: str) -> Template:
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"--model {model} has no chat template, so it was not taught to answer; "
+            "let it continue a text: seedbed generate"
+        )
+    return find_template(tokenizer, None, "chat")
+
+
+@click.command(cls=Verb, epilog="Example: seedbed chat --model runs/answers --temperature 0.5")
+@model_option
+@click.option("--system", help="What the model is told before the conversation.")
+@device_option
+@sections(SamplingOptions)
+@click.pass_context
+def chat(ctx: click.Context, /, model: str, system: str | None, device: str, **_flags: Any) -> None:
+    """Talk with a model that was taught to answer; an empty line or Ctrl-D ends the conversation.
+
+    All that was said is read again at each turn. When it no longer fits the context, the oldest turns are forgotten.
+    """
+    refuse_unknown(ctx)
+    options = read_section(SamplingOptions, given(ctx, SamplingOptions.model_fields), FLAGS)
+    from seedbed.checkpoint import load_model
+    from seedbed.generate import generate as write
+
+    decoder, tokenizer = load_model(model, device)
+    template = _own_template(tokenizer, model)
+    told = [{"role": "system", "content": system}] if system else []
+    turns: list[dict[str, str]] = []
+    while text := _next_line():
+        turns.append({"role": "user", "content": text})
+        prompt = template.prompt_ids([*told, *turns])
+        while len(prompt) + options.max_new_tokens > decoder.config.max_seq_len and len(turns) > 1:
+            turns = turns[2:]  # a question and its answer
+            prompt = template.prompt_ids([*told, *turns])
+        [answer] = write(decoder, tokenizer, [prompt], options, on_text=lambda _, text: click.echo(text, nl=False))
+        turns.append({"role": "assistant", "content": answer.text})
+        click.echo()
+
+
+def _next_line() -> str:
+    """What the user types, empty at the end."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
 
 
 def _read_prompt(name: str) -> str:

@@ -141,6 +141,7 @@ FLAGS: dict[str, set[str]] = {
         "--json",
     },
     "generate": {"--model", "--prompt", "--prompt_file", "--chat", "--system", "--device", "--json"} | SAMPLING,
+    "chat": {"--model", "--system", "--device"} | SAMPLING,
     "tokenizer train": {"--type", "--output", "--json", "--vocab_size"} | TEXT,
     "tokenizer show": {"--text", "--data", "--json"},
     "data list": {"--json"},

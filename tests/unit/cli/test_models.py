@@ -129,3 +129,11 @@ def test_a_prompt_file_that_cannot_be_read(
         path.write_bytes(content)
     assert run(["generate", "--model", str(tiny_run), "--prompt_file", str(path)]) == 3
     assert str(path) in capsys.readouterr().err
+
+
+def test_a_model_that_was_not_taught_to_answer_does_not_chat(
+    tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["chat"], ["generate", "--chat", "--prompt", "Hello"]):
+        assert run([*words, "--model", str(tiny_run)]) == 2
+        assert "no chat template" in capsys.readouterr().err
