@@ -54,8 +54,9 @@ GRID: dict[str, str] = {
     "lora-r64-1e-4": f"--epochs 1 --batch_size 4 {DECAY} --lora_r 64 --lora_alpha 64 --learning_rate 1e-4 "
     "--warmup_ratio 0",
     "lora-r16-batch4-2-epochs": f"--epochs 2 --batch_size 4 {DECAY} --lora_r 16 --lora_alpha 16",
+    "lora-own-rate-5e-4": "--epochs 1 --batch_size 2 --lora --learning_rate 5e-4",
 }
-"""The questions that instruction tuning with LoRA raises first, each a run."""
+"""The questions that instruction tuning with LoRA raises first, each a run; the last at a rate of LoRA's own."""
 
 SEEDS = {
     f"{kind}-seed-{seed}": f"--epochs 2 --seed {seed} {flags}".rstrip()
