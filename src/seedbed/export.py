@@ -12,7 +12,7 @@ from seedbed.checkpoint import find_model, load_model
 from seedbed.errors import CheckpointError, ConfigError
 from seedbed.lora import merge_adapter
 from seedbed.model.decoder import Decoder
-from seedbed.model.hub import new_folder
+from seedbed.model.hub import new_folder, require_new
 from seedbed.model.weights import load_decoder, save_decoder
 from seedbed.text.tokenizer import Tokenizer
 
@@ -42,8 +42,7 @@ def export_merged(model: str | Path, output: Path) -> dict[str, Any]:
         CheckpointError: a folder is damaged, the base is another one, or the logits differ.
         StorageError: the disk is full or refuses.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):  # said before minutes of work, not after
-        raise ConfigError(f"--output {output}: there already, and not an empty folder; choose another")
+    require_new(output)  # said before minutes of work, not after
     decoder, tokenizer = load_model(model)
     if decoder.adapter is None:
         raise ConfigError(f"--model {find_model(model)}: it has no adapter to merge; it is a whole model as it is")

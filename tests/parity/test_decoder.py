@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 V, T = 97, 12
 
 
-def _gpt2(**changes: Any) -> Any:
+def gpt2(**changes: Any) -> Any:
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=V,
@@ -39,7 +39,7 @@ def _gpt2(**changes: Any) -> Any:
     )
 
 
-def _llama_like(name: str, **changes: Any) -> Any:
+def llama_like(name: str, **changes: Any) -> Any:
     config = getattr(transformers, f"{name}Config")(
         vocab_size=V,
         hidden_size=24,
@@ -56,19 +56,19 @@ def _llama_like(name: str, **changes: Any) -> Any:
 
 
 MODELS: dict[str, Callable[[], Any]] = {
-    "gpt2": _gpt2,
-    "gpt2 untied, narrow mlp": lambda: _gpt2(tie_word_embeddings=False, n_inner=40),
-    "llama": lambda: _llama_like("Llama"),
-    "llama tied, biased, theta": lambda: _llama_like(
+    "gpt2": gpt2,
+    "gpt2 untied, narrow mlp": lambda: gpt2(tie_word_embeddings=False, n_inner=40),
+    "llama": lambda: llama_like("Llama"),
+    "llama tied, biased, theta": lambda: llama_like(
         "Llama",
         tie_word_embeddings=True,
         attention_bias=True,
         mlp_bias=True,
         rope_parameters={"rope_theta": 500.0, "rope_type": "default"},
     ),
-    "mistral": lambda: _llama_like("Mistral", sliding_window=None, head_dim=10),
-    "qwen2": lambda: _llama_like("Qwen2", tie_word_embeddings=True),
-    "qwen3": lambda: _llama_like("Qwen3", head_dim=10),
+    "mistral": lambda: llama_like("Mistral", sliding_window=None, head_dim=10),
+    "qwen2": lambda: llama_like("Qwen2", tie_word_embeddings=True),
+    "qwen3": lambda: llama_like("Qwen3", head_dim=10),
 }
 
 

@@ -20,41 +20,20 @@ from seedbed.lora import Adapter, LoraLinear, add_adapter, find_targets, merge_a
 from seedbed.loss import linear_cross_entropy
 from seedbed.model.decoder import Decoder
 from seedbed.model.weights import load_decoder
+from tests.parity.test_decoder import T, V, gpt2, llama_like
 
 # PEFT warns of the tied heads and turned matrices that are tested here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 TOLERANCE = 1e-5
-V, T = 61, 10
 
 
-def gpt2(**changes: Any) -> Any:
-    config = transformers.GPT2Config(
-        vocab_size=V, n_positions=16, n_embd=24, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0, **changes
-    )
-    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        setattr(config, name, 0.0)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def llama_like(name: str, **changes: Any) -> Any:
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=V,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=0,
-        eos_token_id=0,
-        **changes,
-    )
-    return getattr(transformers, f"{name}ForCausalLM")(config)
+def gpt2_without_dropout() -> Any:
+    return gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 
 MODELS: dict[str, Callable[[], Any]] = {
-    "gpt2": gpt2,
+    "gpt2": gpt2_without_dropout,
     "llama": lambda: llama_like("Llama"),
     "qwen2 tied": lambda: llama_like("Qwen2", tie_word_embeddings=True),
 }
