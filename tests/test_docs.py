@@ -48,6 +48,9 @@ def test_page(page: Path, make_text: MakeText, book_run: Path, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(make_text(20_000), "book.txt")
     shutil.copyfile(make_text(30_000), "other.txt")
+    later = make_text(50_000).read_text()[32_000:]  # is in neither: what is held out must not be learnt elsewhere
+    Path("plays.txt").write_text(later[:8_000])
+    Path("articles.txt").write_text(later[8_000:])
     Path("questions.json").write_text(json.dumps(QUESTIONS))
     if page.stem not in MAKES_ITS_RUN:
         shutil.copytree(book_run, "runs/book")

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seedbed.api import LanguageModel, Run, Trainer, finetune, load, pretrain
+    from seedbed.api import LanguageModel, Run, Trainer, continue_training, finetune, load, pretrain
     from seedbed.errors import SeedbedError
     from seedbed.evaluate import Evaluation
 
@@ -21,12 +21,23 @@ _HOMES = {
     "Run": "seedbed.api",
     "SeedbedError": "seedbed.errors",
     "Trainer": "seedbed.api",
+    "continue_training": "seedbed.api",
     "finetune": "seedbed.api",
     "load": "seedbed.api",
     "pretrain": "seedbed.api",
 }
 
-__all__ = ["Evaluation", "LanguageModel", "Run", "SeedbedError", "Trainer", "finetune", "load", "pretrain"]
+__all__ = [
+    "Evaluation",
+    "LanguageModel",
+    "Run",
+    "SeedbedError",
+    "Trainer",
+    "continue_training",
+    "finetune",
+    "load",
+    "pretrain",
+]
 
 
 def __getattr__(name: str) -> Any:

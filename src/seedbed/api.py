@@ -119,7 +119,7 @@ class Trainer:
     print(trainer.generate("Once upon a time", temperature=0.7))
     """
 
-    def __init__(self, method: Literal["pretrain", "finetune"] = "pretrain", **options: Any) -> None:
+    def __init__(self, method: Literal["pretrain", "finetune", "continue"] = "pretrain", **options: Any) -> None:
         self.method = method
         self.options = options
         self.run: Run | None = None
@@ -127,7 +127,8 @@ class Trainer:
 
     def train(self) -> Run:
         """Train to the end, or go on where an interrupted run stopped; loads the best weights."""
-        self.run = finetune(**self.options) if self.method == "finetune" else pretrain(**self.options)
+        methods = {"pretrain": pretrain, "finetune": finetune, "continue": continue_training}
+        self.run = methods[self.method](**self.options)
         self.model = self.run.load()
         return self.run
 
@@ -174,6 +175,19 @@ def finetune(*, config: str | None = None, quiet: bool = False, **options: Any) 
         SeedbedError: what was wrong, with the remedy; see `seedbed.errors`.
     """
     return _run("finetune", config, quiet, options)
+
+
+def continue_training(*, config: str | None = None, quiet: bool = False, **options: Any) -> Run:
+    """Add a domain to a model and hold what it knew; options and their defaults as `seedbed continue` has them.
+
+    Args:
+        config: a YAML file, beneath the options.
+        quiet: print nothing.
+
+    Raises:
+        SeedbedError: what was wrong, with the remedy; see `seedbed.errors`.
+    """
+    return _run("continue", config, quiet, options)
 
 
 def _run(regime: str, config: str | None, quiet: bool, options: dict[str, Any]) -> Run:

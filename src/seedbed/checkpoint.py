@@ -46,8 +46,11 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    companions: Path | None = None,
 ) -> None:
     """Write a checkpoint to `folder`, replacing one that is there only once the new one is whole.
+
+    The files below `companions` go along in `seedbed/`.
 
     Raises:
         StorageError: the disk is full or refuses; `folder` is as it was before.
@@ -61,12 +64,15 @@ def save_checkpoint(
         tokenizer.save(temporary)
         save_file(dict(optimizer), temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(state, indent=2, allow_nan=False), encoding="utf-8")
+        _add_companions(temporary, companions)
         _write_manifest(temporary)
 
 
-def link_checkpoint(source: Path, folder: Path, state: Mapping[str, Any]) -> None:
+def link_checkpoint(source: Path, folder: Path, state: Mapping[str, Any], companions: Path | None = None) -> None:
     """Save `state` with the model and optimizer of the checkpoint `source`, sharing its files where
     the file system can, so that one step under two names takes the room of one.
+
+    Files below `companions` replace those of the same name that went along with it. `folder` may be `source`.
 
     Raises:
         StorageError: the disk is full or refuses; `folder` is as it was before.
@@ -76,6 +82,7 @@ def link_checkpoint(source: Path, folder: Path, state: Mapping[str, Any]) -> Non
         for name in (STATE, MANIFEST):
             (temporary / name).unlink()
         (temporary / STATE).write_text(json.dumps(state, indent=2, allow_nan=False), encoding="utf-8")
+        _add_companions(temporary, companions)
         _write_manifest(temporary)
 
 
@@ -297,6 +304,15 @@ def _written_whole(folder: Path) -> Iterator[Path]:
         raise _storage_error(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _add_companions(folder: Path, companions: Path | None) -> None:
+    for path in sorted(companions.rglob("*")) if companions else ():
+        target = folder / "seedbed" / path.relative_to(companions)  # type: ignore[arg-type]
+        if path.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            _link_or_copy(str(path), str(target))
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -1,4 +1,4 @@
-"""Cross-entropy straight from hidden states: the logits of a whole batch never exist.
+"""Cross-entropy and divergence straight from hidden states: the logits of a whole batch never exist.
 
 N tokens   n tokens of one chunk   D d_model   V vocabulary
 
@@ -34,9 +34,29 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         weight: (V, D).
         labels: (N,), -100 where nothing is predicted.
     """
-    grad = torch.is_grad_enabled()
-    wanted = (grad and hidden.requires_grad, grad and weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, wanted)  # type: ignore[no-any-return,no-untyped-call]
+    return _sum(hidden, weight, _chunks(hidden, weight, labels), torch.float32)
+
+
+def linear_kl_divergence(
+    hidden: Tensor, weight: Tensor, old_hidden: Tensor, old_weight: Tensor, labels: Tensor
+) -> Tensor:
+    """Sum of KL(old || new) in nats over the places that have a label, with gradients for `hidden` and `weight`.
+
+    With p = softmax(old_hidden @ old_weight.T) and q = softmax(hidden @ weight.T) it is the sum of
+    p (log p - log q), and its gradient by the new logits is q - p (distillation: Hinton et al., 2015). Types are
+    those of `linear_cross_entropy`, except that float64 stays float64. It costs the products of two heads.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D).
+        old_hidden: (N, D'), constant, like `old_weight`; the widths may differ, the vocabularies not.
+        old_weight: (V, D').
+        labels: (N,), -100 where nothing is compared.
+    """
+    assert len(weight) == len(old_weight), f"vocabularies of {len(weight)} and {len(old_weight)}"
+    sums = torch.promote_types(weight.dtype, torch.float32)
+    new, old = _chunks(hidden, weight, labels, sums), _chunks(old_hidden, old_weight, labels, sums)
+    return _sum(hidden, weight, _divergences(new, old), sums)
 
 
 @torch.no_grad()
@@ -48,15 +68,29 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return losses
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+def _sum(hidden: Tensor, weight: Tensor, chunks: Iterator[_Chunk] | Iterator[_Divergence], sums: torch.dtype) -> Tensor:
+    """The nats of all chunks, which come from `hidden` and `weight`, added up in the type `sums`."""
+    grad = torch.is_grad_enabled()
+    wanted = (grad and hidden.requires_grad, grad and weight.requires_grad)
+    return _Sum.apply(hidden, weight, chunks, sums, wanted)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Sum(torch.autograd.Function):
     """Gradients are made on the way forward, while the logits are there, and scaled on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, wanted: tuple[bool, bool]) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        chunks: Iterator[_Chunk] | Iterator[_Divergence],
+        sums: torch.dtype,
+        wanted: tuple[bool, bool],
+    ) -> Tensor:
         d_hidden = torch.zeros_like(hidden) if wanted[0] else None  # (N, D)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None  # (V, D)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for chunk in _chunks(hidden, weight, labels):
+        d_weight = torch.zeros_like(weight, dtype=sums) if wanted[1] else None  # (V, D)
+        total = torch.zeros((), dtype=sums, device=hidden.device)
+        for chunk in chunks:
             total += chunk.nats.sum()
             if not any(wanted):
                 continue
@@ -70,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         assert ctx.gradients is not None, "the gradients are scaled in place, so there is one backward"
         (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
         return (
@@ -78,29 +112,58 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if d_weight is None else d_weight.mul_(grad),
             None,
             None,
+            None,
         )
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A few tokens that are predicted, their logits in float32, and what follows from them."""
+    """A few tokens that are predicted, their logits, and what follows from them."""
 
     rows: Tensor | slice  # where they stand among the N tokens
     hidden: Tensor  # (n, D), in the type of the products, like weight
     weight: Tensor  # (V, D)
     labels: Tensor  # (n, 1)
-    logits: Tensor  # (n, V), float32
+    logits: Tensor  # (n, V), in the type of the sums
     log_z: Tensor  # (n, 1)
     nats: Tensor  # (n,)
 
     def gradient(self) -> Tensor:
         """Softmax less the label, (n, V), written over the logits."""
-        p = self.logits.sub_(self.log_z).exp_()  # (n, V)
+        p = self.log_probabilities().exp_()  # (n, V)
         p.scatter_add_(1, self.labels, p.new_tensor(-1.0).expand(self.labels.shape))
         return p.to(self.hidden.dtype)
 
+    def log_probabilities(self) -> Tensor:
+        """(n, V), written over the logits."""
+        return self.logits.sub_(self.log_z)
 
-def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[_Chunk]:
+
+@dataclass(frozen=True)
+class _Divergence:
+    """A few tokens at which two predictions are compared."""
+
+    rows: Tensor | slice  # where they stand among the N tokens
+    hidden: Tensor  # (n, D), in the type of the products, like weight
+    weight: Tensor  # (V, D)
+    log_new: Tensor  # (n, V), log-probabilities
+    p_old: Tensor  # (n, V), probabilities
+    nats: Tensor  # (n,)
+
+    def gradient(self) -> Tensor:
+        """New less old probabilities, (n, V), written over the new ones' logarithms."""
+        return self.log_new.exp_().sub_(self.p_old).to(self.hidden.dtype)
+
+
+def _divergences(new: Iterator[_Chunk], old: Iterator[_Chunk]) -> Iterator[_Divergence]:
+    for chunk, old_chunk in zip(new, old, strict=True):
+        log_new, log_old = chunk.log_probabilities(), old_chunk.log_probabilities()
+        p_old = log_old.exp()
+        nats = log_old.sub_(log_new).mul_(p_old).sum(1)  # (n,)
+        yield _Divergence(chunk.rows, chunk.hidden, chunk.weight, log_new, p_old, nats)
+
+
+def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor, sums: torch.dtype = torch.float32) -> Iterator[_Chunk]:
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     size = chunk_tokens(weight.shape[0], device)
@@ -110,7 +173,7 @@ def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[_Chunk]:
     for start in range(0, len(kept), size):
         rows = slice(start, start + size) if everything else kept[start : start + size]
         h, target = hidden[rows].to(dtype), labels[rows, None]
-        logits = (h @ weight.T).float()  # (n, V)
+        logits = (h @ weight.T).to(sums)  # (n, V)
         log_z = logits.logsumexp(1, keepdim=True)  # (n, 1)
         nats = (log_z - logits.gather(1, target)).squeeze(1)  # (n,)
         yield _Chunk(rows, h, weight, target, logits, log_z, nats)
@@ -123,8 +186,8 @@ def chunk_tokens(vocab_size: int, device: str) -> int:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total` (float32) plus `a @ b`, summed in float32."""
-    if a.dtype == torch.float32:
+    """`total` plus `a @ b`, summed in the type of `total`."""
+    if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
         total += a @ b

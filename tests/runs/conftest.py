@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
+import inspect
 import io
 import json
 import os
@@ -13,7 +16,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from seedbed.config import FLAGS, Layer, resolve
+from seedbed.config import FLAGS, Config, Layer, resolve
+from seedbed.data.python_docs import python_docs
 from seedbed.train import run as running
 from seedbed.train.loop import Outcome
 from seedbed.train.progress import Display
@@ -159,3 +163,69 @@ def tune_it(
         return running.run_training(config, Console(file=log or io.StringIO(), width=200))
 
     return tune
+
+
+# Continual adaptation
+
+KEEPING: dict[str, Any] = {
+    "max_seq_len": 64,
+    "batch_size": 4,
+    "max_steps": 4,
+    "precision": "fp32",
+    "device": "cpu",
+    "tensorboard": False,
+}
+
+
+@pytest.fixture(scope="session")
+def domain_text(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`domain_text("code")`: twelve kilobytes of real Python without its docstrings, little like what models are
+    pretrained on here; `"docs"`: as much of the documentation that they did not see."""
+    folder = tmp_path_factory.mktemp("domains")
+
+    def documents(name: str) -> list[str]:
+        if name == "docs":
+            return list(python_docs()[::-1])
+        tree = ast.parse(inspect.getsource(argparse))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        return [ast.unparse(node) for node in tree.body]
+
+    def write(name: str) -> Path:
+        path = folder / f"{name}.txt"
+        if not path.exists():
+            text = "\n\n".join(documents(name)).encode()[:12_000].decode(errors="ignore")
+            path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def keeping(
+    pretrained: Callable[[str], Path], questions: Callable[[str], Path], domain_text: Callable[[str], Path]
+) -> Callable[..., Config]:
+    """`keeping(output, data="code", model=..., replay=0.1)`: the config of `continue`, by default from a Llama."""
+
+    def make(output: Path, *, data: str = "code", **options: Any) -> Config:
+        values = {"data": data, "domain": data, "model": "llama", "output": str(output), **KEEPING, **options}
+        if data in ("code", "docs", *ROWS):
+            values["data"] = str(domain_text(data) if data in ("code", "docs") else questions(data))
+        if values["model"] in ("llama", "gpt2"):
+            values["model"] = str(pretrained(values["model"]))
+        return resolve("continue", [Layer(FLAGS, {name: v for name, v in values.items() if v is not None})])
+
+    return make
+
+
+@pytest.fixture
+def keep_it(keeping: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> RunIt:
+    """`keep_it(output, data="code", stop_at=2, ...)`: one sitting of `continue`."""
+
+    def keep(output: Path, *, stop_at: int = 0, log: io.StringIO | None = None, **options: Any) -> Outcome:
+        monkeypatch.setattr(StoppingDisplay, "stop_at", stop_at)
+        monkeypatch.setattr(running, "Display", StoppingDisplay)
+        return running.run_training(keeping(output, **options), Console(file=log or io.StringIO(), width=200))
+
+    return keep

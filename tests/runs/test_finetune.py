@@ -122,7 +122,7 @@ def test_what_is_frozen_has_no_gradient(
 ) -> None:
     job = build(tmp_path / "run", questions("qa"), pretrained("llama"), **options)
     for batch in job.micro_batches(0):
-        loop.batch_nats(job, batch).backward()  # type: ignore[no-untyped-call]
+        loop.batch_objective(job, batch)[1].backward()  # type: ignore[no-untyped-call]
     trained = {id(parameter) for group in job.optimizer.param_groups for parameter in group["params"]}
     for name, parameter in job.model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad == (id(parameter) in trained), name

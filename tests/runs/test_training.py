@@ -187,12 +187,14 @@ def test_cosine_time_reaches_the_floor_when_the_hours_run_out(run_it: RunIt, tmp
 
 
 def test_bad_numbers_never_reach_the_weights(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop.batch_nats
+    real = loop.batch_objective
 
-    def poisoned(job: Job, batch: Any) -> torch.Tensor:
-        return real(job, batch) * (math.nan if job.state.step == 3 else 1.0)
+    def poisoned(job: Job, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        factor = math.nan if job.state.step == 3 else 1.0
+        nats, objective = real(job, batch)
+        return nats * factor, objective * factor
 
-    monkeypatch.setattr(loop, "batch_nats", poisoned)
+    monkeypatch.setattr(loop, "batch_objective", poisoned)
     outcome = run_it(tmp_path / "a", max_steps=6)
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "a").values())
     [event] = read_records(tmp_path / "a/events.jsonl")
@@ -201,8 +203,13 @@ def test_bad_numbers_never_reach_the_weights(run_it: RunIt, tmp_path: Path, monk
 
 
 def test_divergence_ends_the_run(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop.batch_nats
-    monkeypatch.setattr(loop, "batch_nats", lambda job, batch: real(job, batch) * math.inf)
+    real = loop.batch_objective
+
+    def endless(job: Job, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        nats, objective = real(job, batch)
+        return nats * math.inf, objective * math.inf
+
+    monkeypatch.setattr(loop, "batch_objective", endless)
     with pytest.raises(DivergedError, match="learning_rate"):
         run_it(tmp_path / "a", max_steps=60)
     assert json.loads((tmp_path / "a/metrics.json").read_text())["status"] == "diverged"

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from seedbed import loss as module
-from seedbed.loss import IGNORE, chunk_tokens, linear_cross_entropy, token_losses
+from seedbed.loss import IGNORE, chunk_tokens, linear_cross_entropy, linear_kl_divergence, token_losses
 
 N, V, D = 50, 31, 16
 
@@ -140,10 +140,112 @@ def test_the_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -
     with _Largest() as seen:  # type: ignore[no-untyped-call]
         linear_cross_entropy(hidden, weight, labels).backward()  # type: ignore[no-untyped-call]
         token_losses(hidden, weight, labels)
+        linear_kl_divergence(hidden, weight, *old_prediction(), labels).backward()  # type: ignore[no-untyped-call]
     assert seen.numel == max(8 * V, N * D, V * D)
     with _Largest() as seen:  # type: ignore[no-untyped-call]
         plain(hidden, weight, labels)
     assert seen.numel == N * V
+
+
+def old_prediction(width: int = D) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(N, width, generator=g), torch.randn(V, width, generator=g)
+
+
+def plain_divergence(hidden: Tensor, weight: Tensor, old_hidden: Tensor, old_weight: Tensor, labels: Tensor) -> Tensor:
+    kept = labels != IGNORE
+    new, old = (F.log_softmax(h[kept] @ w.T, dim=1) for h, w in ((hidden, weight), (old_hidden, old_weight)))
+    return F.kl_div(new, old, reduction="sum", log_target=True)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("ignored", [(), (0, 3, 4, 49), tuple(range(N - 1))])
+@pytest.mark.parametrize("width", [D, 9], ids=["same width", "another width"])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 3e-5)])
+def test_divergence_and_its_gradients(ignored: tuple[int, ...], width: int, dtype: torch.dtype, error: float) -> None:
+    hidden, weight, labels = problem(ignored)
+    hidden, weight, old_hidden, old_weight = (t.to(dtype) for t in (hidden, weight, *old_prediction(width)))
+    ours = linear_kl_divergence(hidden, weight, old_hidden, old_weight, labels)
+    theirs = plain_divergence(hidden, weight, old_hidden, old_weight, labels)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, theirs, atol=error, rtol=error)
+    for g, e in zip(gradients(ours / 46, hidden, weight), gradients(theirs / 46, hidden, weight), strict=True):
+        assert g.dtype == dtype
+        torch.testing.assert_close(g, e, atol=error, rtol=error)
+
+
+def test_divergence_by_hand() -> None:
+    """Old (1/2, 1/2), new (1/4, 3/4): 1/2 log(2) + 1/2 log(2/3), and new less old for each logit."""
+    hidden = torch.tensor([[math.log(3)]], requires_grad=True)
+    weight = torch.tensor([[0.0], [1.0]], requires_grad=True)
+    nats = linear_kl_divergence(hidden, weight, torch.zeros(1, 1), torch.ones(2, 1), torch.tensor([1]))
+    assert nats.item() == pytest.approx(0.5 * math.log(4 / 3))
+    d_hidden, d_weight = gradients(nats, hidden, weight)
+    assert d_hidden.item() == pytest.approx(0.25)
+    assert d_weight.flatten().tolist() == pytest.approx([-0.25 * math.log(3), 0.25 * math.log(3)])
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_a_model_does_not_diverge_from_itself(dtype: torch.dtype | None) -> None:
+    hidden, weight, labels = problem()
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        nats = linear_kl_divergence(hidden, weight, hidden.detach(), weight.detach(), labels)
+    assert nats.item() == 0
+    assert all(not g.any() for g in gradients(nats, hidden, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("chunk")
+def test_divergence_under_autocast(dtype: torch.dtype) -> None:
+    hidden, weight, labels = problem()
+    old_hidden, old_weight = old_prediction()
+    with torch.autocast("cpu", dtype):
+        nats = linear_kl_divergence(hidden, weight, old_hidden, old_weight, labels)
+    assert nats.dtype == torch.float32
+    new, old = ((h.to(dtype) @ w.to(dtype).T).float() for h, w in ((hidden, weight), (old_hidden, old_weight)))
+    rounded = F.kl_div(new.log_softmax(1), old.log_softmax(1), reduction="none", log_target=True)[labels != IGNORE]
+    torch.testing.assert_close(nats, rounded.sum(), atol=1e-3, rtol=1e-5)
+    expected = gradients(plain_divergence(hidden, weight, old_hidden, old_weight, labels), hidden, weight)
+    for g, e in zip(gradients(nats, hidden, weight), expected, strict=True):
+        assert g.dtype == torch.float32
+        assert (g - e).norm() < 0.01 * e.norm()
+
+
+def test_the_old_prediction_is_constant() -> None:
+    hidden, weight, labels = problem()
+    old_hidden, old_weight = (t.requires_grad_() for t in old_prediction())
+    nats = linear_kl_divergence(hidden, weight.detach(), old_hidden, old_weight, labels)
+    (only,) = gradients(nats, hidden)
+    expected = plain_divergence(hidden, weight, old_hidden, old_weight, labels)
+    torch.testing.assert_close(only, gradients(expected, hidden)[0], atol=3e-5, rtol=1e-5)
+    nats = linear_kl_divergence(hidden, weight, old_hidden, old_weight, labels)
+    nats.backward()  # type: ignore[no-untyped-call]
+    assert old_hidden.grad is None
+    assert old_weight.grad is None
+
+
+def test_the_old_prediction_may_come_from_inference_mode() -> None:
+    hidden, weight, labels = problem()
+    with torch.inference_mode():
+        old_hidden, old_weight = old_prediction()
+    nats = linear_kl_divergence(hidden, weight, old_hidden, old_weight, labels)
+    torch.testing.assert_close(nats, linear_kl_divergence(hidden, weight, *old_prediction(), labels), atol=0, rtol=0)
+    assert all(g.isfinite().all() for g in gradients(nats, hidden, weight))
+
+
+def test_nothing_to_compare() -> None:
+    hidden, weight, labels = problem(tuple(range(N)))
+    nats = linear_kl_divergence(hidden, weight, *old_prediction(), labels)
+    assert nats.item() == 0
+    assert all(not g.any() for g in gradients(nats, hidden, weight))
+
+
+def test_other_vocabularies_do_not_compare() -> None:
+    hidden, weight, labels = problem()
+    old_hidden, old_weight = old_prediction()
+    with pytest.raises(AssertionError, match="vocabularies of 31 and 30"):
+        linear_kl_divergence(hidden, weight, old_hidden, old_weight[:30], labels)
 
 
 @pytest.mark.parametrize("vocab_size", [2, 65, 2000, 50257, 152_000, 10**9])

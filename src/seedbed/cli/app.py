@@ -11,7 +11,8 @@ from seedbed import __version__
 from seedbed.cli.convert import export, import_model
 from seedbed.cli.inspect import data, tokenizer, verify
 from seedbed.cli.models import chat, evaluate, generate
-from seedbed.cli.training import demo, finetune, plan, pretrain
+from seedbed.cli.runs import runs
+from seedbed.cli.training import continue_, demo, finetune, plan, pretrain
 from seedbed.errors import SeedbedError
 
 
@@ -24,7 +25,22 @@ def cli() -> None:
     """Grow small language models on the machine you have, and know what is going wrong."""
 
 
-for verb in (demo, pretrain, finetune, plan, evaluate, generate, chat, export, import_model, tokenizer, data, verify):
+for verb in (
+    demo,
+    pretrain,
+    finetune,
+    continue_,
+    plan,
+    evaluate,
+    generate,
+    chat,
+    export,
+    import_model,
+    tokenizer,
+    data,
+    runs,
+    verify,
+):
     cli.add_command(verb)
 
 

@@ -30,11 +30,13 @@ model_option = click.option(
     metavar="FOLDER",
     help="A checkpoint, a run (its best), or any transformers folder.",
 )
+domain_option = click.option("--domain", help="The model as it was after this domain, from its history.")
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps. [auto]")
 
 
 @click.command(cls=Verb, epilog="Example: seedbed evaluate --model runs/demo --data other.txt --stride 128")
 @model_option
+@domain_option
 @click.option("--data", help="Text, as for training; by default the documents that the run held out.")
 @click.option("--format", "form", default="auto", help="text, alpaca, qa, chat, completion; auto looks. [auto]")
 @click.option("--chat_template", help="For conversations; by default the tokenizer's own, else the format's.")
@@ -55,6 +57,7 @@ def evaluate(
     ctx: click.Context,
     /,
     model: str,
+    domain: str | None,
     data: str | None,
     form: str,
     chat_template: str | None,
@@ -69,6 +72,7 @@ def evaluate(
 ) -> None:
     """Loss, perplexities and bits per byte of a model on text, or on the answers of conversations."""
     refuse_unknown(ctx)
+    model = at_domain(model, domain)
     from seedbed.checkpoint import load_model
     from seedbed.data import open_whole
 
@@ -97,6 +101,15 @@ def evaluate(
             "Stride": facts["stride"],
         }
     )
+
+
+def at_domain(model: str, domain: str | None) -> str:
+    """The model that was meant: itself, or where it was after a domain."""
+    if domain is None:
+        return model
+    from seedbed.train.memory import stage_folder
+
+    return str(stage_folder(model, domain))
 
 
 def _measure(
@@ -163,6 +176,7 @@ def held_out_evaluation(run: str, console: Console) -> tuple[Decoder, Tokenizer,
 
 @click.command(cls=Verb, epilog="Example: seedbed generate --model runs/demo --prompt 'The class' --temperature 0.7")
 @model_option
+@domain_option
 @click.option("--prompt", multiple=True, help="Text to continue; give several for a batch. Empty starts a document.")
 @click.option("--prompt_file", type=click.Path(), help="A text file to continue.")
 @click.option("--chat", is_flag=True, help="Give each prompt as a question, in the model's chat template.")
@@ -175,6 +189,7 @@ def generate(
     ctx: click.Context,
     /,
     model: str,
+    domain: str | None,
     prompt: tuple[str, ...],
     prompt_file: str | None,
     chat: bool,
@@ -185,6 +200,7 @@ def generate(
 ) -> None:
     """Text from a model, streamed as it is written."""
     refuse_unknown(ctx)
+    model = at_domain(model, domain)
     if system and not chat:
         raise ConfigError("--system has no meaning without --chat; add --chat, or leave it out")
     options = read_section(SamplingOptions, given(ctx, SamplingOptions.model_fields), FLAGS)
@@ -229,16 +245,18 @@ def _own_template(tokenizer: Tokenizer, model: str) -> Template:
 
 @click.command(cls=Verb, epilog="Example: seedbed chat --model runs/answers --temperature 0.5")
 @model_option
+@domain_option
 @click.option("--system", help="What the model is told before the conversation.")
 @device_option
 @sections(SamplingOptions)
 @click.pass_context
-def chat(ctx: click.Context, /, model: str, system: str | None, device: str, **_flags: Any) -> None:
+def chat(ctx: click.Context, /, model: str, domain: str | None, system: str | None, device: str, **_flags: Any) -> None:
     """Talk with a model that was taught to answer; an empty line or Ctrl-D ends the conversation.
 
     All that was said is read again at each turn. When it no longer fits the context, the oldest turns are forgotten.
     """
     refuse_unknown(ctx)
+    model = at_domain(model, domain)
     options = read_section(SamplingOptions, given(ctx, SamplingOptions.model_fields), FLAGS)
     from seedbed.checkpoint import load_model
     from seedbed.generate import generate as write

@@ -8,7 +8,7 @@ import click
 
 from seedbed.cli.app import cli
 from seedbed.cli.options import SectionOption
-from seedbed.config import REGIMES, SECTIONS, AdaptOptions, ModelOptions, preset_names, read_preset
+from seedbed.config import REGIMES, SECTIONS, AdaptOptions, KeepOptions, ModelOptions, preset_names, read_preset
 
 INTRO = """# Every option
 
@@ -19,15 +19,19 @@ each value where it came from.
 """
 
 
-ONLY = {ModelOptions: " (to fine-tune: `model` and `dropout`)", AdaptOptions: " (to fine-tune)"}
+ONLY = {
+    ModelOptions: " (to fine-tune and continue: `model` and `dropout`)",
+    AdaptOptions: " (to fine-tune and continue)",
+    KeepOptions: " (of `continue`)",
+}
 
 
 def reference() -> str:
     """The whole page as Markdown."""
-    parts = [INTRO, "## Options of `pretrain`, `finetune`, `demo` and `plan`\n"]
+    parts = [INTRO, "## Options of `pretrain`, `finetune`, `continue`, `demo` and `plan`\n"]
     options = {
         option.name: option
-        for verb in ("finetune", "pretrain")
+        for verb in ("continue", "finetune", "pretrain")
         for option in cli.commands[verb].params
         if isinstance(option, SectionOption)
     }
@@ -46,7 +50,7 @@ def reference() -> str:
     for name, command in _verbs(cli):
         own = [o for o in command.params if isinstance(o, click.Option) and o.name not in options]
         parts.append(f"### `seedbed {name}`\n\n{inspect.cleandoc(command.help or '')}\n")
-        if name not in ("pretrain", "finetune", "demo", "plan pretrain", "plan finetune") and own:
+        if name.removeprefix("plan ") not in ("pretrain", "finetune", "continue", "demo") and own:
             parts.append(_table(own))
     return "\n".join(parts)
 

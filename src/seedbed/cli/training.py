@@ -22,8 +22,10 @@ from seedbed.config import (
     read_config_file,
     resolve,
 )
+from seedbed.errors import ConfigError
 
 FINETUNING = ("finetune", "lora")
+CONTINUING = ("continue", "continue-lora")
 
 config_option = click.option(
     "--config", metavar="FILE.yaml|PRESET", help="Values under the same names as the flags; flags win."
@@ -58,6 +60,46 @@ def finetune(ctx: click.Context, /, config: str | None, as_json: bool, **_flags:
     """Adapt a pretrained model to your text or your instructions: whole, in part, or with LoRA."""
     resolved = resolve("finetune", layers(ctx, option_names("finetune"), config))
     return _train(resolved, make_console(as_json), as_json)
+
+
+@click.command(
+    "continue",
+    cls=Verb,
+    epilog="Examples: seedbed continue --model runs/book --data medical.txt --domain medical; "
+    "seedbed continue --model runs/medical-book --data law.txt --domain law --replay 0.1 --max_forgetting 0.02. "
+    "`seedbed runs show RUN --lineage` draws what was learnt and what was forgotten.",
+)
+@config_option
+@json_option
+@sections(*REGIME_SECTIONS["continue"], regimes=CONTINUING)
+@click.pass_context
+def continue_(ctx: click.Context, /, config: str | None, as_json: bool, **_flags: Any) -> int:
+    """Add a domain to a model while measuring, and holding, what it knew.
+
+    The model's folder remembers its domains: held-out text of each, some training text to replay, all figures. With
+    --rollback_to and no --data, the model as it was after that domain is copied to --output.
+    """
+    resolved = resolve("continue", layers(ctx, option_names("continue"), config))
+    console = make_console(as_json)
+    if resolved.keeping.rollback_to and resolved.data.data is None and not resolved.watching.resume_from:
+        return _roll_back(resolved, as_json)
+    return _train(resolved, console, as_json)
+
+
+def _roll_back(config: Config, as_json: bool) -> int:
+    """Copy an earlier stage of a model to a folder of its own."""
+    from seedbed.train.memory import copy_stage
+
+    if config.watching.output is None:
+        raise ConfigError(
+            "--output is missing: name a folder for the model as it was (or give --data to go on from it)"
+        )
+    stage = copy_stage(config.model.model, str(config.keeping.rollback_to), Path(config.watching.output))
+    if as_json:
+        print_json({"model": config.watching.output, "domain": config.keeping.rollback_to, "copied_from": str(stage)})
+    else:
+        click.echo(f"{config.watching.output} is the model as it was after {config.keeping.rollback_to} ({stage})")
+    return 0
 
 
 @click.command(cls=Verb, epilog="Example: seedbed demo")
@@ -157,10 +199,26 @@ def plan_finetune(ctx: click.Context, /, config: str | None, as_json: bool, **_f
 
     With --strict the exit code is 2 when there is a warning.
     """
+    return _plan_adapting("finetune", ctx, config, as_json)
+
+
+@plan.command(
+    "continue", cls=Verb, epilog="Example: seedbed plan continue --model runs/book --data law.txt --domain law"
+)
+@config_option
+@json_option
+@sections(*REGIME_SECTIONS["continue"], regimes=CONTINUING)
+@click.pass_context
+def plan_continue(ctx: click.Context, /, config: str | None, as_json: bool, **_flags: Any) -> int:
+    """What would be trained and what may go wrong with a domain added; of the new text alone, without replay."""
+    return _plan_adapting("continue", ctx, config, as_json)
+
+
+def _plan_adapting(regime: str, ctx: click.Context, config: str | None, as_json: bool) -> int:
     from seedbed.train.plan import plan_finetuning
     from seedbed.train.progress import Display
 
-    resolved = resolve("finetune", layers(ctx, option_names("finetune"), config))
+    resolved = resolve(regime, layers(ctx, option_names(regime), config))
     display = Display(make_console(as_json), resolved.watching.log_every)
     facts = plan_finetuning(resolved, display)
     _print_plan(facts, as_json)

@@ -5,9 +5,11 @@ from seedbed.config.options import (
     REGIME_SECTIONS,
     REGIMES,
     SECTIONS,
+    STRENGTHS,
     TRAINED_HERE,
     AdaptOptions,
     DataOptions,
+    KeepOptions,
     ModelOptions,
     PretrainedOptions,
     SamplingOptions,
@@ -18,7 +20,9 @@ from seedbed.config.options import (
     option_names,
 )
 from seedbed.config.resolve import (
+    DOMAIN_NAME,
     FLAGS,
+    WITH_LORA,
     Config,
     Layer,
     preset_names,
@@ -30,15 +34,19 @@ from seedbed.config.resolve import (
 )
 
 __all__ = [
+    "DOMAIN_NAME",
     "FLAGS",
     "FREE_TO_CHANGE",
     "REGIMES",
     "REGIME_SECTIONS",
     "SECTIONS",
+    "STRENGTHS",
     "TRAINED_HERE",
+    "WITH_LORA",
     "AdaptOptions",
     "Config",
     "DataOptions",
+    "KeepOptions",
     "Layer",
     "ModelOptions",
     "PretrainedOptions",

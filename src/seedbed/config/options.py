@@ -126,6 +126,54 @@ class AdaptOptions(Section):
     )
 
 
+class KeepOptions(Section):
+    """What it keeps"""
+
+    domain: str | None = Field(None, description="What is learnt, as the model's history will call it.")
+    general_data: str | None = Field(
+        None,
+        description="Text that stands for what the model knew before its first domain; by default that of the run "
+        "that trained it. A part is held out to measure on, the rest may be replayed.",
+    )
+    method: str = Field(
+        "auto",
+        description="How it is kept: auto, naive (not at all), or a comma list of replay, self_replay, l2_sp, ewc, kl, "
+        "interpolate. The flags below set their strengths and imply them.",
+    )
+    replay: Share | None = Field(
+        None, description="Share of the training tokens that is stored text of what the model knew. [0.05]"
+    )
+    self_replay: Share | None = Field(
+        None, description="The same with text that the model writes itself before it changes. [0.1]"
+    )
+    l2_sp: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Strength of a pull towards the old weights (L2-SP). [0.1]"
+    )
+    ewc: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="The same, each weight by what it means to held-out text of what the model knew (EWC). [10]"
+    )
+    kl: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Strength of a pull towards the old model's predictions; about half as slow again. [0.3]"
+    )
+    interpolate: bool | None = Field(
+        None, description="Mix old and new weights at the end, as held-out text of both says is best (WiSE-FT)."
+    )
+    max_forgetting: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Alarm: the most that bits per byte of anything earlier may rise, as a share (0.02 is 2 %)."
+    )
+    on_forgetting: Literal["roll_back", "stop", "warn"] = Field(
+        "roll_back",
+        description="At the alarm: end with the best weights within the limit (with none, the model as it was), end "
+        "with the weights as they are, or only say so.",
+    )
+    reserve_mb: Annotated[float, Field(ge=0)] = Field(
+        4.0, description="Training text kept with the model, in MB, for replay in later domains; 0 keeps none."
+    )
+    rollback_to: str | None = Field(
+        None, description="Go back to the model as it was after this domain (or `base`), and begin there."
+    )
+
+
 class TrainingOptions(Section):
     """Training"""
 
@@ -211,7 +259,24 @@ class SamplingOptions(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="The same seed gives the same text.")
 
 
-SECTIONS: tuple[type[Section], ...] = (DataOptions, ModelOptions, AdaptOptions, TrainingOptions, WatchOptions)
+SECTIONS: tuple[type[Section], ...] = (
+    DataOptions,
+    ModelOptions,
+    AdaptOptions,
+    KeepOptions,
+    TrainingOptions,
+    WatchOptions,
+)
+
+STRENGTHS: dict[str, float | bool] = {
+    "replay": 0.05,
+    "self_replay": 0.1,
+    "l2_sp": 0.1,
+    "ewc": 10.0,
+    "kl": 0.3,
+    "interpolate": True,
+}
+"""Ways to keep what a model knew, each an option of its own, and the strengths they have when only named."""
 
 TRAINED_HERE = ("bpe", "char")
 """Values of `tokenizer` that mean: train one on the training text."""
@@ -227,6 +292,8 @@ _FINETUNE: dict[str, Any] = {
     "weight_decay": 0.01,
 }
 
+_ADAPTERS: dict[str, Any] = {"learning_rate": 2e-4, "min_lr": 1e-5}
+
 REGIMES: dict[str, dict[str, Any]] = {
     "scratch": {
         "tokenizer": "bpe",
@@ -239,14 +306,21 @@ REGIMES: dict[str, dict[str, Any]] = {
         "weight_decay": 0.01,
     },
     "finetune": _FINETUNE,
-    "lora": {**_FINETUNE, "learning_rate": 2e-4, "min_lr": 1e-5},
+    "lora": {**_FINETUNE, **_ADAPTERS},
+    "continue": _FINETUNE,
+    "continue-lora": {**_FINETUNE, **_ADAPTERS},
 }
 """Values that depend on what is being trained: 3e-4 suits a new model and ruins a pretrained one."""
 
+_ADAPTING = (DataOptions, PretrainedOptions, AdaptOptions, TrainingOptions, WatchOptions)
+_CONTINUING = (DataOptions, PretrainedOptions, KeepOptions, AdaptOptions, TrainingOptions, WatchOptions)
+
 REGIME_SECTIONS: dict[str, tuple[type[Section], ...]] = {
     "scratch": (DataOptions, ModelOptions, TrainingOptions, WatchOptions),
-    "finetune": (DataOptions, PretrainedOptions, AdaptOptions, TrainingOptions, WatchOptions),
-    "lora": (DataOptions, PretrainedOptions, AdaptOptions, TrainingOptions, WatchOptions),
+    "finetune": _ADAPTING,
+    "lora": _ADAPTING,
+    "continue": _CONTINUING,
+    "continue-lora": _CONTINUING,
 }
 """The options that mean something in a regime."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -15,9 +16,11 @@ from seedbed.config.options import (
     REGIME_SECTIONS,
     REGIMES,
     SECTIONS,
+    STRENGTHS,
     TRAINED_HERE,
     AdaptOptions,
     DataOptions,
+    KeepOptions,
     ModelOptions,
     Section,
     TrainingOptions,
@@ -29,7 +32,15 @@ from seedbed.errors import ConfigError, did_you_mean
 FLAGS = "the command line"
 S = TypeVar("S", bound=Section)
 NOT_CHOSEN = ("default", "preset", "regime")
-DOING = {"scratch": "training from scratch", "finetune": "fine-tuning", "lora": "fine-tuning"}
+DOING = {
+    "scratch": "training from scratch",
+    "finetune": "fine-tuning",
+    "lora": "fine-tuning",
+    "continue": "continuing",
+    "continue-lora": "continuing",
+}
+WITH_LORA = {"finetune": "lora", "continue": "continue-lora"}
+DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -50,13 +61,24 @@ class Config:
     data: DataOptions
     model: ModelOptions
     adapt: AdaptOptions
+    keeping: KeepOptions
     training: TrainingOptions
     watching: WatchOptions
     sources: Mapping[str, str]
 
+    @property
+    def with_lora(self) -> bool:
+        """Whether adapters are trained, beside frozen weights."""
+        return self.regime in WITH_LORA.values()
+
+    @property
+    def continues(self) -> bool:
+        """Whether a domain is added to what a model knows."""
+        return self.regime.startswith("continue")
+
     def values(self) -> dict[str, Any]:
         """The options that mean something in this regime as one flat mapping, in documented order."""
-        sections = (self.data, self.model, self.adapt, self.training, self.watching)
+        sections = (self.data, self.model, self.adapt, self.keeping, self.training, self.watching)
         everything = {name: value for section in sections for name, value in section.model_dump().items()}
         return {name: everything[name] for name in option_names(self.regime)}
 
@@ -80,14 +102,14 @@ class Config:
 
 
 def resolve(regime: str, layers: Sequence[Layer]) -> Config:
-    """Merge `layers` (weakest first) over the defaults of `regime`; `finetune` becomes `lora` when they ask for it.
+    """Merge `layers` (weakest first) over the defaults of `regime`, which LoRA changes when they ask for it.
 
     Raises:
         ConfigError: listing every unknown name, wrong type and contradiction at once.
     """
     problems = [problem for layer in layers for problem in _unknown(regime, layer)]
-    if regime == "finetune" and _asks_for_lora(layers):
-        regime = "lora"
+    if regime in WITH_LORA and _asks_for_lora(layers):
+        regime = WITH_LORA[regime]
     presets = _preset_layer(layers, problems) if regime == "scratch" else []
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -225,8 +247,8 @@ def _build(regime: str, values: Mapping[str, Any], sources: Mapping[str, str], p
     if len(sections) < len(SECTIONS) or len(found) > len(problems):
         raise ConfigError(found)
     all_sources = {name: sources.get(name, "default") for name in option_names(regime)}
-    data, model, adapt, training, watching = sections
-    return Config(regime, data, model, adapt, training, watching, all_sources)
+    data, model, adapt, keeping, training, watching = sections
+    return Config(regime, data, model, adapt, keeping, training, watching, all_sources)
 
 
 def _is_number(section: type[Section], name: str) -> bool:
@@ -265,7 +287,9 @@ def _contradictions(config: Config) -> Iterable[str]:
         yield "--model is missing: name a model folder, a run, or a hub id such as HuggingFaceTB/SmolLM2-135M"
     if data.tokenizer in TRAINED_HERE:
         yield f"{say('tokenizer')}: a pretrained model only knows its own tokenizer; leave it out"
-    if config.regime == "finetune":
+    if config.continues:
+        yield from _contradictions_of_keeping(config, say)
+    if not config.with_lora:
         for name in (*(n for n in AdaptOptions.model_fields if n.startswith("lora_")), "base_precision"):
             if config.is_given(name):
                 yield f"{say(name)} has no meaning without --lora; leave it out, or add --lora"
@@ -274,3 +298,35 @@ def _contradictions(config: Config) -> Iterable[str]:
         yield f"{say('freeze')} contradicts --lora, which freezes everything but its adapters; choose --lora_targets"
     if adapt.add_tokens and not adapt.lora_embeddings:
         yield f"{say('add_tokens')}: new tokens learn nothing while the embeddings are frozen; add --lora_embeddings"
+
+
+def _contradictions_of_keeping(config: Config, say: Callable[[str], str]) -> Iterable[str]:
+    keeping = config.keeping
+    going_back = keeping.rollback_to and config.data.data is None
+    if not keeping.domain and not going_back and not config.watching.resume_from:
+        yield "--domain is missing: name what is learnt, as the model's history will call it, such as --domain medical"
+    if keeping.domain and not DOMAIN_NAME.fullmatch(keeping.domain):
+        yield f"{say('domain')}: expected letters, digits, dots, hyphens and underscores, at most 64 of them"
+    given = [name for name in STRENGTHS if getattr(keeping, name)]
+    parts = [part.strip() for part in keeping.method.split(",")]
+    for part in parts:
+        if part not in (*STRENGTHS, "auto", "naive"):
+            known = ["auto", "naive", *STRENGTHS]
+            yield f"{say('method')}: {part!r} is unknown; expected {', '.join(known)}{did_you_mean(part, known)}"
+    if len(parts) > 1 and (alone := {"auto", "naive"} & set(parts)):
+        yield f"{say('method')}: {alone.pop()} stands alone; leave it out or leave the others out"
+    if parts == ["naive"] and given:
+        yield f"{say('method')} contradicts {', '.join(say(name) for name in given)}; leave one of them out"
+    off = [part for part in parts if part in STRENGTHS and getattr(keeping, part) in (0, False)]
+    if off and parts:
+        yield f"{say('method')} contradicts {', '.join(say(name) for name in off)}; leave one of them out"
+    if (keeping.replay or 0) + (keeping.self_replay or 0) >= 1:
+        yield f"{say('replay')} and {say('self_replay')} leave nothing for the new text; lower them"
+    if keeping.max_forgetting is None and config.is_given("on_forgetting"):
+        yield f"{say('on_forgetting')} has no meaning without --max_forgetting; give the limit, or leave it out"
+    if config.with_lora:
+        for name in ("l2_sp", "ewc"):
+            if name in parts or getattr(keeping, name):
+                yield f"--{name} has no meaning with --lora, which freezes the old weights; leave one of them out"
+        if config.adapt.lora_dora and ("interpolate" in parts or keeping.interpolate):
+            yield "--interpolate has no meaning with --lora_dora, whose weights are on no line; leave one of them out"

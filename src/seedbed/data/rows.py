@@ -10,7 +10,7 @@ so any process can ask for any row, and resuming is asking for the next one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,23 @@ class Row:
     labels: Ints  # the token that follows each input; NO_TARGET where there is nothing to predict
     position_ids: Ints  # 0, 1, … from the start of each document's part
     segment_ids: Ints  # 0, 1, … : which document of the row a token belongs to
+
+
+class Rows(Protocol):
+    """What a run is trained and validated on, whatever it is made of."""
+
+    @property
+    def max_seq_len(self) -> int: ...
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of the loss in an epoch."""
+
+    def __len__(self) -> int:
+        """Rows in an epoch; the same in all."""
+
+    def row(self, epoch: int, index: int) -> Row:
+        """Row `index` of an epoch. Raises IndexError outside 0 … len - 1."""
 
 
 @final
@@ -70,25 +87,11 @@ class PackedRows:
 
     def row(self, epoch: int, index: int) -> Row:
         """Row `index` of an epoch. Raises IndexError outside 0 … len - 1."""
-        _check_index(index, len(self))
+        check_index(index, len(self))
         documents, starts, rows = self._epoch(epoch)
         first = int(rows[index]) * self.max_seq_len
         end = min(first + self.max_seq_len, self.num_targets)
-        low = int(starts.searchsorted(first, side="right")) - 1
-        high = int(starts.searchsorted(end, side="left"))
-        begins = starts[low:high]  # (documents in the row,) where each begins in the stream
-        lengths = np.diff(np.minimum(starts[low : high + 1], end))
-        lengths[0] -= first - begins[0]
-        segments = np.repeat(np.arange(high - low), lengths)  # (T,)
-        targets = np.arange(first, end)  # (T,) places in the stream
-        shift = self._store.offsets[documents[low:high]] - begins  # from the stream to tokens.bin
-        labels = self._store.stream[targets + shift[segments]].astype(np.int64)
-        inputs = np.empty_like(labels)
-        inputs[1:] = labels[:-1]  # a document's start marker is the end of text of the one before it
-        # The token before the row's first target is in the same document, or else it is a start marker.
-        inputs[0] = self._store.eos_id if first == begins[0] else self._store.stream[first - 1 + shift[0]]
-        positions = targets - np.maximum(begins, first)[segments]
-        return _padded(inputs, labels, positions, segments, self.max_seq_len, self._store.eos_id)
+        return cut_row(self._store, documents, starts, first, end, self.max_seq_len)
 
     def _epoch(self, epoch: int) -> tuple[Ints, Ints, Ints]:
         """Documents in this epoch's order, where each starts in the stream (and the end), rows in order."""
@@ -161,7 +164,7 @@ class WholeRows:
 
     def row(self, epoch: int, index: int) -> Row:
         """Row `index` of an epoch. Raises IndexError outside 0 … len - 1."""
-        _check_index(index, len(self))
+        check_index(index, len(self))
         parts = [self._part(int(document)) for document in self._rows[self._epoch(epoch)[index]]]
         labels, inputs = (np.concatenate([part[which] for part in parts]) for which in (0, 1))
         lengths = [len(part[0]) for part in parts]
@@ -183,6 +186,29 @@ class WholeRows:
             rows = permutation(self._seed, epoch, 1, len(self)) if self._shuffle else np.arange(len(self))
             self._order = order = (epoch, rows)
         return order[1]
+
+
+def cut_row(store: Store, documents: Ints, starts: Ints, first: int, end: int, max_seq_len: int) -> Row:
+    """The row whose targets are the places `first` … `end - 1` of a stream of texts, padded to `max_seq_len`.
+
+    documents: (n,), those of the stream, in its order.
+    starts: (n + 1,), where each begins in the stream, and where the last one ends.
+    """
+    low = int(starts.searchsorted(first, side="right")) - 1
+    high = int(starts.searchsorted(end, side="left"))
+    begins = starts[low:high]  # (documents in the row,) where each begins in the stream
+    lengths = np.diff(np.minimum(starts[low : high + 1], end))
+    lengths[0] -= first - begins[0]
+    segments = np.repeat(np.arange(high - low), lengths)  # (T,)
+    targets = np.arange(first, end)  # (T,) places in the stream
+    shift = store.offsets[documents[low:high]] - begins  # from the stream to tokens.bin
+    labels = store.stream[targets + shift[segments]].astype(np.int64)
+    inputs = np.empty_like(labels)
+    inputs[1:] = labels[:-1]  # a document's start marker is the end of text of the one before it
+    # The token before the row's first target is in the same document, or else it is a start marker.
+    inputs[0] = store.eos_id if first == begins[0] else store.stream[first - 1 + shift[0]]
+    positions = targets - np.maximum(begins, first)[segments]
+    return _padded(inputs, labels, positions, segments, max_seq_len, store.eos_id)
 
 
 def best_fit(lengths: Ints, capacity: int) -> list[list[int]]:
@@ -226,13 +252,18 @@ def permutation(seed: int, epoch: int, stream: int, length: int) -> Ints:
 
     Sorts raw Philox numbers (Salmon et al., 2011), whose values are fixed by their definition; NumPy's own
     `permutation` may change from one version to the next, and then no old run could be resumed exactly.
+
+    stream: what the order is for. 0: the documents, 1: the rows of one text; `replay.py` has 2 and 3.
     """
-    key = np.array([seed % 2**64, epoch * 2 + stream], dtype=np.uint64)
-    numbers = np.random.Philox(key=key).random_raw(length)
+    pair, which = divmod(stream, 2)  # two streams share a counter and differ by their keys
+    key = np.array([seed % 2**64, epoch * 2 + which], dtype=np.uint64)
+    counter = np.array([0, 0, 0, pair], dtype=np.uint64)
+    numbers = np.random.Philox(key=key, counter=counter).random_raw(length)
     return np.argsort(numbers, kind="stable")
 
 
-def _check_index(index: int, length: int) -> None:
+def check_index(index: int, length: int) -> None:
+    """Raise IndexError unless `index` is one of 0 … length - 1."""
     if not 0 <= index < length:
         raise IndexError(f"row {index} of {length}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from seedbed.config import Config
+from seedbed.config import Config, KeepOptions
 from seedbed.data import WholeRows
 from seedbed.device import describe, pick_device
 from seedbed.findings import Finding
@@ -17,6 +17,8 @@ TITLES = {
     "scratch": "Pre-training a language model",
     "finetune": "Fine-tuning a language model",
     "lora": "Fine-tuning a language model with LoRA",
+    "continue": "Adding a domain to a language model",
+    "continue-lora": "Adding a domain to a language model with LoRA",
 }
 
 
@@ -31,8 +33,11 @@ def banner(display: Display, config: Config, texts: Texts, run: Path) -> None:
     what: dict[str, object] = {"Tokenizer": data.tokenizer} if data.tokenizer else {}
     if config.regime != "scratch":
         what = {"Model": config.model.model, **what}
-    if config.regime == "lora":
+    if config.with_lora:
         what["LoRA"] = f"rank {adapt.lora_r}, alpha {adapt.lora_alpha:g}, on {adapt.lora_targets}"
+    if config.continues:
+        what["Domain"] = config.keeping.domain
+        what["Keeping what it knew by"] = ways_of_keeping(config.keeping)
     display.banner(
         TITLES[config.regime],
         {
@@ -49,6 +54,20 @@ def banner(display: Display, config: Config, texts: Texts, run: Path) -> None:
             "Run folder": run,
         },
     )
+
+
+def ways_of_keeping(keeping: KeepOptions) -> str:
+    """The methods that are on, in words."""
+    words = {
+        "replay": "replay {:.3g} of stored text",
+        "self_replay": "replay {:.3g} of its own text",
+        "l2_sp": "L2-SP {:g}",
+        "ewc": "EWC {:g}",
+        "kl": "KL {:g}",
+        "interpolate": "interpolation of old and new weights",
+    }
+    chosen = {name: getattr(keeping, name) for name in words}
+    return ", ".join(words[name].format(value) for name, value in chosen.items() if value) or "nothing (naive)"
 
 
 def describe_corpus(display: Display, corpus: Corpus, texts: Texts) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from seedbed.checkpoint import read_optimizer, read_state
+from seedbed.config import Config
 from seedbed.data.conversations import from_document
 from seedbed.device import pick_device, pick_precision
 from seedbed.errors import ConfigError
@@ -20,6 +21,7 @@ from seedbed.optim import build_optimizer, load_optimizer_tensors
 from seedbed.text.template import Template
 from seedbed.train.announce import describe_corpus, describe_findings, describe_model, describe_schedule
 from seedbed.train.board import Board
+from seedbed.train.continual import from_earlier_model
 from seedbed.train.corpus import keep_tokenizer
 from seedbed.train.finetune import from_pretrained_weights, hold_frozen
 from seedbed.train.ingredients import Ingredients
@@ -42,13 +44,12 @@ def build_job(start: Start, display: Display) -> Job:
     device = pick_device(start.config.training.device)
     precision = pick_precision(start.config.training.precision, device)
     config = start.config.update("this machine", precision=precision)
-    gather = from_random_weights if config.regime == "scratch" else from_pretrained_weights
-    made = gather(start, config, display)
+    made = gatherer(config)(start, config, display)
     config, corpus, training, watching = made.config, made.corpus, made.config.training, made.config.watching
     sample = sample_prompt(made)
 
     model = made.model.to(device)
-    if config.regime == "lora":
+    if config.with_lora:
         hold_frozen(model, config)
     model.gradient_checkpointing = training.gradient_checkpointing
     if training.neftune_alpha:
@@ -57,7 +58,7 @@ def build_job(start: Start, display: Display) -> Job:
     optimizer = build_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     state = restore(checkpoint, model, optimizer, scaler)
-    epochs, total_steps = length(config, len(corpus.rows))
+    epochs, total_steps = length(config, len(made.rows))
     schedule = make_schedule(training, total_steps)
     describe_corpus(display, corpus, made.texts)
     describe_model(display, model)
@@ -78,7 +79,7 @@ def build_job(start: Start, display: Display) -> Job:
         optimizer=optimizer,
         scaler=scaler,
         schedule=schedule,
-        rows=corpus.rows,
+        rows=made.rows,
         validation=corpus.validation,
         device=device,
         precision=precision,
@@ -91,7 +92,15 @@ def build_job(start: Start, display: Display) -> Job:
         total_steps=total_steps,
         parent=start.parent or (None if config.regime == "scratch" else config.model.model),
         sample=sample,
+        keeping=made.keeping,
     )
+
+
+def gatherer(config: Config) -> Callable[[Start, Config, Display], Ingredients]:
+    """What knows the texts and the weights that a run of this kind begins with."""
+    if config.continues:
+        return from_earlier_model
+    return from_random_weights if config.regime == "scratch" else from_pretrained_weights
 
 
 def restore(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 
@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seedbed.config import TRAINED_HERE, DataOptions, TextOptions
-from seedbed.data import PackedRows, Reading, Source, Store, WholeRows, held_out, open_source, open_store
+from seedbed.data import PackedRows, Reading, Source, Store, WholeRows, from_texts, held_out, open_source, open_store
 from seedbed.data.augment import augmented
 from seedbed.data.conversations import from_document, split_key
+from seedbed.data.rows import Rows
 from seedbed.data.store import digest
 from seedbed.errors import ConfigError, DataError
 from seedbed.text.tokenizer import Tokenizer, train_bpe, train_char
-from seedbed.train.job import Rows, Validation
+from seedbed.train.job import Validation
 from seedbed.train.progress import Display
 
 LARGEST_DEFAULT_VOCAB = 8000
@@ -188,8 +189,7 @@ def tokenize(texts: Texts, reading: Reading, options: DataOptions, seed: int, di
     rows = _rows(store, documents, options, seed, shuffle=True)
     validation = None
     if len(val_documents):
-        val_rows = _rows(val_store, val_documents, options, seed, shuffle=False)
-        validation = Validation(val_rows, len(val_documents), int(val_store.target_bytes[val_documents].sum()))
+        validation = validation_rows(val_store, options, seed, val_documents)
     lengths = np.diff(store.offsets)[documents]
     return Corpus(
         rows=rows,
@@ -200,6 +200,20 @@ def tokenize(texts: Texts, reading: Reading, options: DataOptions, seed: int, di
         longest=int(lengths.max()),
         without_end=store.without_end,
     )
+
+
+def validation_rows(
+    store: Store, options: DataOptions, seed: int, documents: NDArray[np.int64] | None = None
+) -> Validation:
+    """Rows of a store's documents, or some of them, to measure on."""
+    documents = np.arange(store.num_documents) if documents is None else documents
+    rows = _rows(store, documents, options, seed, shuffle=False)
+    return Validation(rows, len(documents), int(store.target_bytes[documents].sum()))
+
+
+def store_documents(documents: list[str], format: str, reading: Reading, name: str, display: Display) -> Store:
+    """The store of documents that are in memory."""
+    return _store(replace(from_texts(documents, name), format=format), reading, display)
 
 
 def _rows(store: Store, documents: NDArray[np.int64], options: DataOptions, seed: int, *, shuffle: bool) -> Rows:

@@ -49,11 +49,17 @@ def from_pretrained_weights(start: Start, config: Config, display: Display) -> I
     """Texts and rows in the model's own tokens; its weights, frozen where asked, or those of the checkpoint."""
     folder = base_folder(config.model.model)
     made = prepare(config, folder, display, saved_tokenizer(start), start.run.path)
-    with display.working(f"Loading {config.model.model}"):
+    model = load_prepared(start, made, folder, display)
+    return Ingredients(made.config, made.texts, made.tokenizer, made.template, made.corpus, model, made.corpus.rows)
+
+
+def load_prepared(start: Start, made: Prepared, folder: Path, display: Display) -> Decoder:
+    """The model of `folder` as it is prepared for the run, or that of the checkpoint to go on from."""
+    with display.working(f"Loading {made.config.model.model}"):
         model = _adapted_model(start, made, folder) if made.adapter else _whole_model(start, made, folder)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     require_room(start.run.path, num_parameters(model.config), trained, adapter=made.adapter is not None)
-    return Ingredients(made.config, made.texts, made.tokenizer, made.template, made.corpus, model)
+    return model
 
 
 def prepare(config: Config, folder: Path, display: Display, saved: Tokenizer | None, run: Path | None) -> Prepared:
@@ -61,7 +67,7 @@ def prepare(config: Config, folder: Path, display: Display, saved: Tokenizer | N
     shape = base_shape(folder)
     config = fit_context(config, shape)
     data, adapt, seed = config.data, config.adapt, config.training.seed
-    adapter = make_adapter(shape, adapt) if config.regime == "lora" else None
+    adapter = make_adapter(shape, adapt) if config.with_lora else None
     texts = open_texts(data)
     require_a_row(texts, data.max_seq_len)
     if run is not None:

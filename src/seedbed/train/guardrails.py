@@ -31,6 +31,8 @@ LEARNING_RATES = {
     "scratch": ("training from scratch", 1e-4, 5e-3),
     "finetune": ("fine-tuning pretrained weights", 1e-5, 5e-5),
     "lora": ("training LoRA adapters", 5e-5, 5e-4),
+    "continue": ("continuing pretrained weights", 1e-5, 5e-5),
+    "continue-lora": ("training LoRA adapters", 5e-5, 5e-4),
 }
 """Regime to what it does, and the least and the greatest peak learning rate that usually goes well."""
 
@@ -51,6 +53,8 @@ class Facts:
     config: Config
     model_max_seq_len: int | None = None
     """Positions of the pretrained model; None from scratch."""
+    trained_at: float | None = None
+    """Peak learning rate of the run that made the model, when that is known."""
     total_steps: int | None = None
     steps_per_epoch: int | None = None
     warmup_steps: int | None = None
@@ -79,6 +83,8 @@ def check(facts: Facts) -> list[Finding]:
 def _learning_rate(facts: Facts) -> Iterator[Finding]:
     training = facts.config.training
     rate, (doing, low, high) = training.learning_rate, LEARNING_RATES[facts.config.regime]
+    if facts.trained_at and not facts.config.with_lora:
+        low, high = facts.trained_at / 50, facts.trained_at
     if training.optimizer == "sgd" or low <= rate <= high:
         return
     above = rate > high
@@ -242,7 +248,7 @@ def _lora(facts: Facts) -> Iterator[Finding]:
     alpha / sqrt(r) (Kalajdzievski, 2023) faster at high ranks.
     """
     config, adapt = facts.config, facts.config.adapt
-    if config.regime != "lora":
+    if not config.with_lora:
         return
     r, alpha, (low, high) = adapt.lora_r, adapt.lora_alpha, LORA_SCALES
     if not adapt.lora_rslora and not low <= alpha / r <= high:

@@ -1,4 +1,4 @@
-"""What `train/scratch.py` and `train/finetune.py` bring to a job; `train/build.py` does the rest for both."""
+"""What `scratch.py`, `finetune.py` and `continual.py` bring to a job; `build.py` does the rest for all of them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 
 from seedbed.checkpoint import require_space
 from seedbed.config import Config
+from seedbed.data.rows import Rows
 from seedbed.model.decoder import Decoder
 from seedbed.text.template import CHATML_TOKENS, Template, find_template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.corpus import Corpus, Texts
+from seedbed.train.job import NOTHING_TO_KEEP, Keeping
 from seedbed.train.resume import Start
 
 
@@ -24,6 +26,9 @@ class Ingredients:
     template: Template | None
     corpus: Corpus
     model: Decoder
+    rows: Rows
+    """What is trained on: those of the corpus, and what is replayed beside them."""
+    keeping: Keeping = NOTHING_TO_KEEP
 
 
 def saved_tokenizer(start: Start) -> Tokenizer | None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from seedbed.config import TrainingOptions, WatchOptions
 from seedbed.data.batches import Batch, collate
-from seedbed.data.rows import PackedRows, WholeRows
+from seedbed.data.rows import Rows
 from seedbed.device import Precision
 from seedbed.model.decoder import Decoder
 from seedbed.runs.folder import RunFolder
 from seedbed.schedule import Schedule
 from seedbed.text.tokenizer import Tokenizer
+from seedbed.train.anchors import PredictionAnchor, WeightAnchor
 from seedbed.train.board import Board
+from seedbed.train.progress import Display
 from seedbed.train.state import TrainingState
-
-Rows = PackedRows | WholeRows
+from seedbed.train.stopping import StopRequest
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,45 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """Held-out text of something the model knew when the run began, and its loss then."""
+
+    domain: str
+    validation: Validation
+    loss: float
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A text for people, and what the model is given for it: the text, or its tokens in the chat template."""
 
     shown: str
     given: str | Sequence[int]
+
+
+def nothing_more(_job: Job, _display: Display, _request: StopRequest) -> bool:
+    """How most runs conclude."""
+    return True
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What holds a model to what it knew, and how that is watched; most runs have nothing of it."""
+
+    weight_anchors: Sequence[WeightAnchor] = ()
+    prediction_anchors: Sequence[PredictionAnchor] = ()
+    earlier: Sequence[Earlier] = ()
+    """Measured at each validation beside what is being learnt."""
+    max_forgetting: float = math.inf
+    """The most that the loss of anything earlier may rise, as a share."""
+    on_forgetting: Literal["roll_back", "stop", "warn"] = "warn"
+    companions: Path | None = None
+    """A folder whose files every checkpoint carries in its `seedbed/`."""
+    conclude: Callable[[Job, Display, StopRequest], bool] = nothing_more
+    """What is left to do once the last step is done; False when a signal cut it short."""
+
+
+NOTHING_TO_KEEP = Keeping()
 
 
 @dataclass
@@ -71,6 +108,9 @@ class Job:
     """The checkpoint or pretrained model this run began from."""
     sample: Prompt
     """What the model continues, or answers, at each validation."""
+    keeping: Keeping
+    results: dict[str, Any] = field(default_factory=dict)
+    """Figures for `metrics.json` that not every run has."""
 
     @property
     def rows_per_step(self) -> int:

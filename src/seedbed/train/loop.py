@@ -12,12 +12,15 @@ import torch
 
 from seedbed.checkpoint import link_checkpoint, read_state, rotate, save_checkpoint
 from seedbed.config import SamplingOptions
+from seedbed.data.batches import Batch
 from seedbed.device import autocast, describe, peak_memory_mb
 from seedbed.errors import DivergedError, OutOfMemoryError, SeedbedError
 from seedbed.generate import generate
-from seedbed.loss import linear_cross_entropy, token_losses
+from seedbed.loss import linear_cross_entropy
 from seedbed.optim import optimizer_tensors, set_learning_rate
-from seedbed.train.job import Job, batches_of
+from seedbed.runs.folder import FINISHED
+from seedbed.train.job import Job
+from seedbed.train.measure import held_out_loss
 from seedbed.train.progress import Display, perplexity
 from seedbed.train.stopping import StopRequest, Stopwatch, listen_for_signals
 
@@ -63,12 +66,14 @@ def take_step(job: Job, budget_used: float) -> StepResult:
     loss_sum = 0.0
     for number, batch in enumerate(batches):
         torch.manual_seed(dropout_seed(job.training.seed, job.state.step, number))
-        nats = batch_nats(job, batch.to(job.device, non_blocking=True))
-        job.scaler.scale(nats / tokens).backward()  # type: ignore[no-untyped-call]
+        nats, objective = batch_objective(job, batch.to(job.device, non_blocking=True))
+        job.scaler.scale(objective / tokens).backward()  # type: ignore[no-untyped-call]
         loss_sum += float(nats.detach())
     learning_rate = job.schedule.at(job.state.step + 1, budget_used)
     set_learning_rate(job.optimizer, learning_rate)
     job.scaler.unscale_(job.optimizer)
+    for anchor in job.keeping.weight_anchors:
+        anchor.add_gradients()
     grad_norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), job.training.max_grad_norm or math.inf)
     result = StepResult(loss_sum, tokens, learning_rate, float(grad_norm))
     if result.finite:
@@ -90,6 +95,8 @@ def train(job: Job, display: Display) -> Outcome:
     try:
         with listen_for_signals() as request, display:
             status = loop.run(request)
+            if status in FINISHED and not job.keeping.conclude(job, display, request):
+                status = "interrupted"
     except SeedbedError as error:
         loop.summarize("diverged" if isinstance(error, DivergedError) else "failed")
         raise
@@ -127,6 +134,7 @@ class Loop:
         self.sitting_tokens = 0
         self.save_seconds = 0.5 + 3 * trained_bytes(job) / 500e6  # until one was measured
         self.saved: tuple[int, Path] | None = None
+        self.notes = ""
         self.count_epochs()
 
     def run(self, request: StopRequest) -> str:
@@ -145,6 +153,8 @@ class Loop:
                 return self.stop_with("done", "final")
             if self.out_of_patience():
                 return self.stop_early()
+            if self.forgot_too_much():
+                return self.stop_forgetting()
             if request.signal is not None:
                 return self.stop_with("interrupted", f"step-{state.step}")
             if self.watch.seconds_left < self.step_seconds + 2 * self.save_seconds:
@@ -179,6 +189,10 @@ class Loop:
 
     def out_of_patience(self) -> bool:
         return 0 < self.job.watching.early_stopping_patience <= self.state.epochs_without_improvement
+
+    def forgot_too_much(self) -> bool:
+        keeping, worst = self.job.keeping, max(self.state.forgetting.values(), default=0.0)
+        return keeping.on_forgetting != "warn" and worst > keeping.max_forgetting
 
     # What happens then
 
@@ -239,18 +253,28 @@ class Loop:
     def validate(self, request: StopRequest) -> bool:
         """Measure the whole held-out set, sample, let `best/` follow; False when a signal cut it short."""
         job, state = self.job, self.state
+        losses = self.held_out_losses(request)
+        if losses is None:
+            return False
         improved = False
-        if job.validation is not None:
-            loss = validation_loss(job, request, self.display)
-            if loss is None:
-                return False
+        loss, *earlier = losses
+        metrics: dict[str, float] = {}
+        if loss is not None:
             best = math.inf if state.best_val_loss is None else state.best_val_loss
             improved = loss < best
             state.val_loss = loss if math.isfinite(loss) else None
             if state.val_loss is not None:
-                self.write({"val_loss": loss, "val_ppl": perplexity(loss)})
+                metrics = {"val_loss": loss, "val_ppl": perplexity(loss)}
             if not self.epoch_ended():  # an epoch has its own lines
                 self.display.validation(state.step, loss)
+        for known, now in zip(job.keeping.earlier, earlier, strict=True):
+            if now is not None and math.isfinite(now):
+                metrics[f"val_loss/{known.domain}"] = now
+                state.forgetting[known.domain] = now / known.loss - 1
+        if metrics:
+            self.write(metrics)
+        if job.keeping.earlier:
+            improved = self.watch_forgetting() and improved
         state.validated_step = state.step
         self.sample()
         if improved:
@@ -258,6 +282,34 @@ class Loop:
             self.save("best")
         self.summarize("running")
         return True
+
+    def held_out_losses(self, request: StopRequest) -> list[float | None] | None:
+        """Nats per target of the held-out text, None without any, then of what was known earlier; None at a signal."""
+        job = self.job
+        losses: list[float | None] = []
+        for held_out in (job.validation, *(known.validation for known in job.keeping.earlier)):
+            loss = None
+            if held_out is not None:
+                loss = held_out_loss(job, held_out.rows, request, self.display)
+                if loss is None:
+                    return None
+            losses.append(loss)
+        return losses
+
+    def watch_forgetting(self) -> bool:
+        """Say how much worse everything earlier is; whether all of it is within the limit."""
+        job, state = self.job, self.state
+        self.display.forgetting(state.step, state.forgetting)
+        limit = job.keeping.max_forgetting
+        beyond = {domain: rise for domain, rise in state.forgetting.items() if rise > limit}
+        if beyond:
+            job.run.event("forgetting", state.step, limit=limit, beyond=beyond)
+            self.display.line(
+                "  Alarm: "
+                + ", ".join(f"{domain} is {rise:.1%} worse" for domain, rise in beyond.items())
+                + f"; --max_forgetting allows {limit:.1%}"
+            )
+        return not beyond
 
     def sample(self) -> None:
         """Let the model continue the fixed prompt: one seed throughout, so that only the weights differ."""
@@ -297,7 +349,7 @@ class Loop:
             link_checkpoint(self.saved[1], folder, state.to_json())
             return folder
         tensors = optimizer_tensors(job.model, job.optimizer)
-        save_checkpoint(folder, job.model, job.tokenizer, tensors, state.to_json())
+        save_checkpoint(folder, job.model, job.tokenizer, tensors, state.to_json(), job.keeping.companions)
         self.save_seconds = max(self.watch.seconds - began, 0.9 * self.save_seconds)
         self.saved = (state.step, folder)
         return folder
@@ -312,6 +364,16 @@ class Loop:
         checkpoints = self.job.run.checkpoints
         best = checkpoints / "best"
         link_checkpoint(best, checkpoints / "final", read_state(best))
+        return "early_stopped"
+
+    def stop_forgetting(self) -> str:
+        """End with the best weights within the limit, or with those at hand; where none are, `conclude` knows."""
+        checkpoints = self.job.run.checkpoints
+        self.notes = f"--max_forgetting {self.job.keeping.max_forgetting:g} was exceeded"
+        if self.job.keeping.on_forgetting == "stop":
+            self.save("best")
+        if (checkpoints / "best").exists():
+            return self.stop_early()
         return "early_stopped"
 
     def remaining_hours(self) -> float:
@@ -347,36 +409,19 @@ class Loop:
             "seed": job.training.seed,
             "parent": job.parent,
             "judge": None,
-            "notes": "",
+            "notes": self.notes,
+            **job.results,
         }
         job.run.write_summary(summary)
         return summary
 
 
-def batch_nats(job: Job, batch: Any) -> torch.Tensor:
-    """Nats summed over the targets of one micro-batch, differentiable."""
+def batch_objective(job: Job, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats summed over the targets of one micro-batch, and what is minimised: they and the pull of the anchors."""
     with autocast(job.device, job.precision):
         hidden = job.forward(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
-        return linear_cross_entropy(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
-
-
-@torch.inference_mode()
-def validation_loss(job: Job, request: StopRequest, display: Display) -> float | None:
-    """Nats per target over the whole held-out set, without dropout; None when a signal came in between."""
-    assert job.validation is not None
-    rows = job.validation.rows
-    total = 0.0
-    job.model.eval()
-    for batch in display.watch_validation(batches_of(rows, 0, 0, len(rows), job.training.batch_size), len(rows)):
-        if request.signal is not None:
-            break
-        batch = batch.to(job.device)
-        with autocast(job.device, job.precision):
-            hidden = job.forward(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
-            losses = token_losses(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
-        total += float(losses.double().sum())
-    job.model.train()
-    return None if request.signal is not None else total / rows.num_targets
+        nats = linear_cross_entropy(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
+        return nats, sum((anchor(hidden, batch) for anchor in job.keeping.prediction_anchors), nats)
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, rank: int = 0) -> int:

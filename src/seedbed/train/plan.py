@@ -12,6 +12,7 @@ from seedbed.data import WholeRows
 from seedbed.data.conversations import from_document
 from seedbed.data.lint import NAMES as LINT_NAMES
 from seedbed.data.lint import lint, lint_texts
+from seedbed.data.overlap import NAME as OVERLAP
 from seedbed.findings import Finding, check_allowed
 from seedbed.freeze import freeze
 from seedbed.lora import num_trainable
@@ -23,6 +24,7 @@ from seedbed.train.corpus import Corpus, Texts
 from seedbed.train.finetune import Prepared, base_folder, fit_context, make_adapter, planned_shape, prepare
 from seedbed.train.guardrails import NAMES as GUARDRAIL_NAMES
 from seedbed.train.guardrails import Facts, check
+from seedbed.train.memory import trained_with
 from seedbed.train.progress import Display
 from seedbed.train.scratch import ASSUMED_VOCAB, decoder_config
 
@@ -68,7 +70,7 @@ def plan_finetuning(config: Config, display: Display) -> dict[str, Any]:
 
 
 def _trainable(config: Config, shape: DecoderConfig) -> int:
-    if config.regime == "lora":
+    if config.with_lora:
         return num_trainable(shape, make_adapter(shape, config.adapt))
     with torch.device("meta"):
         model = Decoder(shape)
@@ -99,7 +101,7 @@ def _shown(config: Config, findings: list[Finding]) -> list[dict[str, Any]]:
 
 def require_known_findings(config: Config) -> None:
     """Raise ConfigError when `--allow` names what is no finding."""
-    check_allowed(config.watching.allow, (*GUARDRAIL_NAMES, *LINT_NAMES))
+    check_allowed(config.watching.allow, (*GUARDRAIL_NAMES, *LINT_NAMES, OVERLAP))
 
 
 def look_ahead(
@@ -110,6 +112,7 @@ def look_ahead(
     facts = Facts(
         config=config,
         model_max_seq_len=model_max_seq_len,
+        trained_at=trained_with(base_folder(config.model.model)).get("learning_rate") if config.continues else None,
         total_steps=schedule.total_steps,
         warmup_steps=schedule.warmup_steps,
         documents=corpus.num_documents,

@@ -95,6 +95,25 @@ class Display:
 
             yield report
 
+    @contextlib.contextmanager
+    def counting_tokens(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar for work that reports the tokens done; without a terminal, a line at its beginning."""
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("tokens"),
+            console=self.console,
+            transient=True,
+        )
+        if not self._live:
+            self.line(f"{what} ({total:,} tokens)...")
+            yield lambda _done: None
+            return
+        with bar:
+            task = bar.add_task(what, total=total)
+            yield lambda done: bar.update(task, completed=done)
+
     def step(self, step: int, total_steps: int | None, metrics: Mapping[str, float]) -> None:
         figures = (
             f"loss {metrics['train_loss']:.3f}  ppl {metrics['train_ppl']:.4g}  "
@@ -109,6 +128,10 @@ class Display:
 
     def validation(self, step: int, loss: float) -> None:
         self.line(f"Step {step}  Val Loss: {loss:.4f} | Val PPL: {perplexity(loss):.2f}")
+
+    def forgetting(self, step: int, rises: Mapping[str, float]) -> None:
+        said = ", ".join(f"{domain} {rise:+.2%}" for domain, rise in rises.items())
+        self.line(f"Step {step}  Loss on what it knew, against the beginning: {said}")
 
     def watch_validation(self, batches: Iterable[T], num_rows: int) -> Iterator[T]:
         """Pass `batches` of rows on, with a bar while they last."""
@@ -147,7 +170,8 @@ class Display:
             case "done":
                 self.line(f"Training complete! Time: {minutes:.2f} minutes")
             case "early_stopped":
-                self.line(f"Stopped early: no better validation loss. Time: {minutes:.2f} minutes")
+                why = summary["notes"] or "no better validation loss"
+                self.line(f"Stopped early: {why}. Time: {minutes:.2f} minutes")
                 self.line(f"final/ holds the best weights, those of step {summary['best_step']}")
             case "time_limit":
                 self.line(f"Time limit reached after {summary['hours']:.2f}h, saved to {run}/checkpoints/time-limit")

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from seedbed.checkpoint import damage, is_model_folder, newest_intact, read_state, remove_leftovers
-from seedbed.config import FREE_TO_CHANGE, Config
+from seedbed.config import FREE_TO_CHANGE, WITH_LORA, Config
 from seedbed.errors import CheckpointError, ConfigError
 from seedbed.runs.folder import FINISHED, RunFolder, read_summary
 
@@ -39,6 +39,8 @@ SHAPE = frozenset(
         "lora_rslora",
         "lora_dora",
         "lora_embeddings",
+        "domain",
+        "rollback_to",
     ]
 )
 """What cannot change between a checkpoint and the run that goes on from it."""
@@ -122,7 +124,7 @@ def _adopt(config: Config, path: Path, free: frozenset[str]) -> Config:
         sources, regime = saved.pop("sources"), saved.pop("regime", "scratch")
     except (OSError, yaml.YAMLError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}/config.yaml is not readable: {error}") from None
-    if regime == "lora" and config.regime == "finetune" and config.watching.resume_from:
+    if regime == WITH_LORA.get(config.regime) and config.watching.resume_from:
         config = replace(config, regime=regime)  # the checkpoint knows what it is
     if regime != config.regime:
         raise ConfigError(
@@ -145,8 +147,8 @@ def _destination(config: Config) -> Path:
     """The folder that was named; else one named after data and model, the newest that is not finished."""
     if config.watching.output is not None:
         return Path(config.watching.output)
-    text = Path(config.data.data or "").stem.replace("*", "") or "text"
-    kind = "-lora" if config.regime == "lora" else ""
+    text = config.keeping.domain or Path(config.data.data or "").stem.replace("*", "") or "text"
+    kind = "-lora" if config.with_lora else ""
     path = Path("runs") / f"{text}-{_model_name(config.model.model)}{kind}"
     if not _begun(path):
         return path

@@ -40,7 +40,7 @@ def from_random_weights(start: Start, config: Config, display: Display) -> Ingre
     parameters = num_parameters(shape)
     require_room(start.run.path, parameters, parameters, adapter=False)
     model = initial_model(shape, start.checkpoint, tokenizer, seed)
-    return Ingredients(with_shape(config, shape), texts, tokenizer, template, corpus, model)
+    return Ingredients(with_shape(config, shape), texts, tokenizer, template, corpus, model, corpus.rows)
 
 
 def decoder_config(model: ModelOptions, data: DataOptions, vocab_size: int) -> DecoderConfig:

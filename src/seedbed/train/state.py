@@ -32,6 +32,8 @@ class TrainingState:
     best_step: int = 0
     epochs_without_improvement: int = 0
     skipped_in_a_row: int = 0
+    forgetting: dict[str, float] = field(default_factory=dict)
+    """How much worse each earlier domain is than when the run began, as a share; negative is better."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """State of the float16 loss scaler."""
     records: dict[str, int] = field(default_factory=dict)

@@ -119,15 +119,34 @@ SAMPLING = {
 }
 EVERY_TRAINING_FLAG = DATA | MODEL | TRAINING | WATCHING
 FINETUNE = DATA | PRETRAINED | ADAPT | TRAINING | WATCHING
+KEEP = {
+    "--domain",
+    "--general_data",
+    "--method",
+    "--replay",
+    "--self_replay",
+    "--l2_sp",
+    "--ewc",
+    "--kl",
+    "--interpolate",
+    "--no_interpolate",
+    "--max_forgetting",
+    "--on_forgetting",
+    "--reserve_mb",
+    "--rollback_to",
+}
 
 FLAGS: dict[str, set[str]] = {
     "demo": {"--json"} | EVERY_TRAINING_FLAG,
     "pretrain": {"--config", "--json"} | EVERY_TRAINING_FLAG,
     "finetune": {"--config", "--json"} | FINETUNE,
+    "continue": {"--config", "--json"} | FINETUNE | KEEP,
+    "plan continue": {"--config", "--json"} | FINETUNE | KEEP,
     "plan pretrain": {"--config", "--json"} | EVERY_TRAINING_FLAG,
     "plan finetune": {"--config", "--json"} | FINETUNE,
     "evaluate": {
         "--model",
+        "--domain",
         "--data",
         "--format",
         "--chat_template",
@@ -140,12 +159,14 @@ FLAGS: dict[str, set[str]] = {
         "--device",
         "--json",
     },
-    "generate": {"--model", "--prompt", "--prompt_file", "--chat", "--system", "--device", "--json"} | SAMPLING,
-    "chat": {"--model", "--system", "--device"} | SAMPLING,
+    "generate": {"--model", "--domain", "--prompt", "--prompt_file", "--chat", "--system", "--device", "--json"}
+    | SAMPLING,
+    "chat": {"--model", "--domain", "--system", "--device"} | SAMPLING,
     "tokenizer train": {"--type", "--output", "--json", "--vocab_size"} | TEXT,
     "tokenizer show": {"--text", "--data", "--json"},
     "data list": {"--json"},
     "data show": {"--num", "--model", "--json"} | DATA,
+    "runs show": {"--lineage", "--baseline", "--json"},
     "import": {"--output", "--dtype", "--json"},
     "export": {"--model", "--merge", "--output", "--json"},
     "verify": {"--json"},
@@ -178,7 +199,7 @@ def test_help_shows_flags_by_section_with_defaults(verb: str, capsys: pytest.Cap
     run([*verb.split(), "--help"])
     text = capsys.readouterr().out
     assert "\nData:\n" in text
-    assert ("[512]" if "finetune" in verb else "[256]") in text
+    assert ("[512]" if {"finetune", "continue"} & set(verb.split()) else "[256]") in text
     assert " ".join(text.split()).count("[on]") >= 1
 
 
@@ -219,6 +240,7 @@ def test_every_unknown_flag_is_listed_with_the_nearest_name(capsys: pytest.Captu
         ["tokenizer", "train", "--output", "o", "--dta", "3"],
         ["data", "show", "--dta", "x"],
         ["data", "list", "--jsn"],
+        ["runs", "show", "r", "--linage"],
         ["verify", "f", "--jsn"],
         ["demo", "--seeed", "1"],
         ["plan", "pretrain", "--modle", "tiny"],

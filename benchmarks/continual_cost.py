@@ -1,0 +1,108 @@
+"""What holding on to the old costs: seconds a token of each method against plain training, steps in turns.
+
+    python benchmarks/continual_cost.py --model FOLDER --data new.txt --general_data old.txt
+
+All jobs are in one process and take their updates in turns, so that whatever else the machine does meets all alike.
+Results go to benchmarks/results/continual_cost.json and are printed as a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from seedbed.config import Layer, resolve
+from seedbed.train.build import build_job
+from seedbed.train.job import Job
+from seedbed.train.loop import take_step
+from seedbed.train.progress import Display
+from seedbed.train.resume import Start, open_run
+
+RESULTS = Path(__file__).parent / "results/continual_cost.json"
+
+METHODS: dict[str, dict[str, Any]] = {
+    "naive": {"method": "naive"},
+    "replay": {"replay": 0.05},
+    "self-replay": {"self_replay": 0.05},
+    "L2-SP": {"l2_sp": 0.1},
+    "EWC": {"ewc": 10.0},
+    "KL": {"kl": 0.3},
+}
+
+
+def main() -> None:
+    """Measure, keep, print."""
+    options = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = {name: job(name, options, Path(folder)) for name in METHODS if name in options.methods}
+        seconds: dict[str, list[float]] = {name: [] for name in jobs}
+        for turn in range(options.warmup + options.steps):
+            for name, one in jobs.items():
+                began = time.perf_counter()
+                result = take_step(one, 0.0)
+                one.state.step += 1
+                if turn >= options.warmup:
+                    seconds[name].append((time.perf_counter() - began) / result.tokens)
+    plain = statistics.median(seconds["naive"])
+    table: dict[str, dict[str, Any]] = {
+        name: {
+            "microseconds_a_token": round(1e6 * statistics.median(some), 2),
+            "against_naive": round(statistics.median(some) / plain, 4),
+            # Neighbours in time share what disturbs them, so their ratios spread less than the times.
+            "middle_half_of_ratios": [round(q, 4) for q in quartiles(some, seconds["naive"])],
+        }
+        for name, some in seconds.items()
+    }
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    facts = {"machine": {**machine, "threads": torch.get_num_threads()}, **vars(options), "methods": table}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps({**facts, "model": Path(options.model).name}, indent=1) + "\n", encoding="utf-8")
+    for name, row in table.items():
+        low, high = row["middle_half_of_ratios"]
+        print(f"{name:<12} {row['microseconds_a_token']:>9} us a token   x{row['against_naive']}   ({low} to {high})")  # noqa: T201
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--general_data", required=True)
+    parser.add_argument("--max_seq_len", type=int, default=512)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    return parser.parse_args()
+
+
+def job(name: str, options: argparse.Namespace, folder: Path) -> Job:
+    """A run of one method, ready for its first update."""
+    given = {"model": options.model, "data": options.data, "general_data": options.general_data, "domain": "new"}
+    sizes = {"max_seq_len": options.max_seq_len, "batch_size": options.batch_size, "tensorboard": False}
+    output = {"output": str(folder / name)}
+    config = resolve("continue", [Layer("the benchmark", {**given, **sizes, **output, **METHODS[name]})])
+    start = open_run(config)
+    assert isinstance(start, Start)
+    return build_job(start, Display(Console(stderr=True), log_every=100))
+
+
+def quartiles(times: list[float], plain: list[float]) -> tuple[float, float]:
+    """The first and third quartile of the ratios of neighbouring steps."""
+    ratios = [time / other for time, other in zip(times, plain, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return low, high
+
+
+if __name__ == "__main__":
+    main()

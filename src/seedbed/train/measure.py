@@ -1,0 +1,84 @@
+"""The loss on held-out rows while a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from seedbed.config import TrainingOptions
+from seedbed.data.rows import Rows
+from seedbed.device import Precision, autocast
+from seedbed.loss import token_losses
+from seedbed.model.decoder import Decoder
+from seedbed.runs.history import Figure
+from seedbed.train.job import Validation, batches_of
+from seedbed.train.progress import Display
+from seedbed.train.stopping import StopRequest
+
+
+class Measured(Protocol):
+    """What measuring needs of a job."""
+
+    @property
+    def model(self) -> Decoder: ...
+    @property
+    def forward(self) -> Callable[..., Tensor]: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def training(self) -> TrainingOptions: ...
+
+
+@dataclass(frozen=True)
+class Meter:
+    """What measuring needs, before there is a job."""
+
+    model: Decoder
+    device: torch.device
+    training: TrainingOptions
+
+    @property
+    def forward(self) -> Callable[..., Tensor]:
+        return self.model
+
+    @property
+    def precision(self) -> Precision:
+        assert self.training.precision != "auto"
+        return self.training.precision
+
+
+def measure(
+    job: Measured, texts: Mapping[str, Validation], request: StopRequest, display: Display
+) -> dict[str, Figure] | None:
+    """The figures of each domain's held-out text; None when a signal came in between."""
+    figures = {}
+    for domain, held_out in texts.items():
+        loss = held_out_loss(job, held_out.rows, request, display)
+        if loss is None:
+            return None
+        figures[domain] = Figure(loss, held_out.bits_per_byte(loss))
+    return figures
+
+
+@torch.inference_mode()
+def held_out_loss(job: Measured, rows: Rows, request: StopRequest, display: Display) -> float | None:
+    """Nats per target over all `rows`, without dropout; None when a signal came in between."""
+    total = 0.0
+    was_training = job.model.training
+    job.model.eval()
+    for batch in display.watch_validation(batches_of(rows, 0, 0, len(rows), job.training.batch_size), len(rows)):
+        if request.signal is not None:
+            break
+        batch = batch.to(job.device)
+        with autocast(job.device, job.precision):
+            hidden = job.forward(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
+            losses = token_losses(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
+        total += float(losses.double().sum())
+    job.model.train(was_training)
+    return None if request.signal is not None else total / rows.num_targets
