@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := src tests benchmarks
 
-.PHONY: demo test check fix starter instruction-table wheel docs clean
+.PHONY: demo test check fix starter instruction-table continual-table continual-cost wheel docs clean
 
 demo: $(VENV)/installed  ## train, evaluate and generate on text inside your own Python: about two minutes
 	$(BIN)/seedbed demo
@@ -31,6 +31,16 @@ instruction-table: $(VENV)/installed-dev  ## docs/instruction-results.md, measur
 	$(PIP) gguf accelerate
 	$(BIN)/python tests/starter.py .starter
 	$(BIN)/python benchmarks/instruction_tuning.py --model .starter --data $(DATA)
+
+continual-table: $(VENV)/installed-dev  ## docs/continual-results.md, measured anew: hours. DATA=folder of texts
+	$(PIP) gguf accelerate
+	$(BIN)/python tests/starter.py .starter
+	$(BIN)/python benchmarks/continual.py --pretrained .starter --data $(DATA)
+
+continual-cost: $(VENV)/installed-dev  ## what each way of keeping costs a token, side by side. DATA=new.txt OLD=old.txt
+	$(PIP) gguf accelerate
+	$(BIN)/python tests/starter.py .starter
+	$(BIN)/python benchmarks/continual_cost.py --model .starter --data $(DATA) --general_data $(OLD)
 
 docs: $(VENV)/installed-dev  ## the page of all options, made from the code
 	$(BIN)/python -m seedbed.cli.reference > docs/options.md

@@ -51,15 +51,15 @@ METHODS: dict[str, str] = {
     "EWC": "--method ewc",
     "KL": "--method kl",
     "interpolation": "--method interpolate",
-    "self-replay + interpolation": "--method self_replay,interpolate",
-    "self-replay + KL": "--self_replay 0.1 --method kl",
+    "replay 5 % + L2-SP": "--replay 0.05 --l2_sp 0.01",
+    "replay 5 % + EWC": "--replay 0.05 --ewc 10",
+    "self-replay + L2-SP": "--self_replay 0.1 --l2_sp 0.02",
     "LoRA": "--method naive --lora",
     "last blocks": "--method naive --last_blocks {half}",
 }
 """The parts, alone and together. Those without `replay` use no stored text of what the model knew."""
 
-STORED = ("replay 5 %", "replay 1 %")
-CHAINED = ("naive", "replay 5 %", "self-replay + interpolation")
+CHAINED = ("naive", "replay 5 % + L2-SP", "self-replay + L2-SP")
 """Methods that also learn all domains, one after the other."""
 
 
@@ -77,13 +77,13 @@ class Setting:
 
 SETTINGS = {
     "small": Setting(
-        "--max_seq_len 256 --batch_size 8 --max_steps 100 --eval_every 50 --val_split 0.05",
+        "--max_seq_len 256 --batch_size 8 --max_steps 80 --eval_every 80 --val_split 0.05",
         "wikitext",
         (("shakespeare", "python"), ("python", "shakespeare")),
         3,
     ),
     "pretrained": Setting(
-        "--max_seq_len 128 --batch_size 4 --max_steps 60 --eval_every 60 --val_split 0.02",
+        "--max_seq_len 128 --batch_size 4 --max_steps 40 --eval_every 40 --val_split 0.02",
         "general",
         (("shakespeare", "python", "wikitext"), ("python", "wikitext", "shakespeare")),
         15,
@@ -133,7 +133,7 @@ def main() -> None:
         if setting not in results["before"]:
             results["before"][setting] = measured(models[setting], texts)
             keep(results)
-    wanted = [run for run in runs(settings, options.seeds, options.methods) if len(run.path) <= options.depth]
+    wanted = [run for run in runs(settings, options) if len(run.path) <= options.depth]
     for depth in range(1, 1 + max(len(run.path) for run in wanted)):
         missing = [run for run in wanted if len(run.path) == depth and run.name not in results["runs"]]
         with ThreadPoolExecutor(options.jobs) as pool:
@@ -154,16 +154,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", choices=SETTINGS, help="one of the models")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--orders", type=int, default=2, help="how many of the orders")
     parser.add_argument("--depth", type=int, default=3, help="domains in a row, at most")
     return parser.parse_args()
 
 
-def runs(settings: Iterable[str], seeds: list[int], methods: list[str]) -> Iterator[Run]:
+def runs(settings: Iterable[str], options: argparse.Namespace) -> Iterator[Run]:
     """Every method on the first domain of each order, some of them on all domains."""
     for setting in settings:
-        for method in methods:
-            for seed in seeds:
-                for order in SETTINGS[setting].orders:
+        for seed in options.seeds:
+            for order in SETTINGS[setting].orders[: options.orders]:
+                for method in options.methods:
                     depth = len(order) if method in CHAINED else 1
                     yield from (Run(setting, method, seed, order[:length]) for length in range(1, depth + 1))
 
@@ -222,7 +223,8 @@ def learn(run: Run, models: dict[str, Path], texts: dict[str, dict[str, Path]], 
         flags.append(f"--general_data {texts['general']['train']}")
     facts = seedbed(f"continue {' '.join(flags)}")
     kept = ("steps", "tokens", "hours", "peak_memory_mb", "trainable_parameters", "method", "domains")
-    result = {**{key: facts[key] for key in kept}, "test": measured(folder, texts)}
+    known = {name: texts[name] for name in (setting.old, *run.path)}
+    result = {**{key: facts[key] for key in kept}, "test": measured(folder, known)}
     forget_checkpoints(folder, run)
     return result
 
@@ -268,7 +270,11 @@ def machine() -> dict[str, Any]:
 
 
 def keep(results: dict[str, Any]) -> None:
-    """Save after every run."""
+    """Save after every run, beside what another process has saved meanwhile."""
+    if RESULTS.exists():
+        saved = json.loads(RESULTS.read_text(encoding="utf-8"))
+        for part in ("before", "runs"):
+            results[part] = {**saved[part], **results[part]}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

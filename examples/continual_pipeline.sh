@@ -19,14 +19,15 @@ DOMAIN="${DOMAIN:-python-source}"       # what is added later
 DOMAIN_TEXT="${DOMAIN_TEXT:-}"          # its text; without one, the code of the standard library
 DOMAIN_BYTES="${DOMAIN_BYTES:-500000}"  # of that code
 VOCAB="${VOCAB:-2048}"                  # tokens of the tokenizer
-MODEL="${MODEL:-tiny}"                  # a preset, or a folder with a config.json
+MODEL="${MODEL:-}"                      # a preset, or a folder with a config.json; without one, a very small one
 CONTEXT="${CONTEXT:-128}"               # tokens in a row
-STEPS="${STEPS:-600}"                   # at most; more for a model that is to be used
-EPOCHS="${EPOCHS:-20}"                  # at most
-PATIENCE="${PATIENCE:-3}"               # epochs without a better validation loss, after which it stops
+EPOCHS="${EPOCHS:-2}"                   # passes over TRAIN, at most; more for a model that is to be used
+STEPS="${STEPS:-}"                      # steps instead
+PATIENCE="${PATIENCE:-2}"               # epochs without a better validation loss, after which it stops
 WARMUP="${WARMUP:-0.05}"                # share of the steps in which the learning rate rises
-DOMAIN_STEPS="${DOMAIN_STEPS:-200}"
-MAX_FORGETTING="${MAX_FORGETTING:-0.05}"
+DOMAIN_EPOCHS="${DOMAIN_EPOCHS:-1}"     # passes over DOMAIN_TEXT
+DOMAIN_STEPS="${DOMAIN_STEPS:-}"        # steps instead
+MAX_FORGETTING="${MAX_FORGETTING:-0.1}" # share by which TRAIN may become worse before the run says so
 PROMPT="${PROMPT:-The}"
 
 general="$OUTPUT/general"
@@ -46,11 +47,19 @@ if [[ ! -f "$OUTPUT/tokenizer/tokenizer.json" ]]; then
   seedbed tokenizer train --data "$TRAIN" "${held_out[@]}" --vocab_size "$VOCAB" --output "$OUTPUT/tokenizer"
 fi
 
+if [[ -n "$MODEL" ]]; then
+  model=(--model "$MODEL")
+else # a million parameters, which learn something in minutes
+  model=(--model tiny --d_model 128 --num_layers 4 --num_heads 2 --batch_size 8 --learning_rate 0.004)
+fi
+length=(--epochs "$EPOCHS")
+[[ -z "$STEPS" ]] || length=(--max_steps "$STEPS")
+
 # The learning rate rises slowly, because AdamW does not yet know how large the gradients are. The run ends early, and
 # with its best weights, once the validation loss no longer falls.
-seedbed pretrain --data "$TRAIN" "${held_out[@]}" --tokenizer "$OUTPUT/tokenizer" --model "$MODEL" \
-  --max_seq_len "$CONTEXT" --epochs "$EPOCHS" --max_steps "$STEPS" --warmup_ratio "$WARMUP" \
-  --early_stopping_patience "$PATIENCE" --eval_every 200 --output "$general"
+seedbed pretrain --data "$TRAIN" "${held_out[@]}" --tokenizer "$OUTPUT/tokenizer" "${model[@]}" \
+  --max_seq_len "$CONTEXT" "${length[@]}" --warmup_ratio "$WARMUP" --early_stopping_patience "$PATIENCE" \
+  --output "$general"
 
 seedbed generate --model "$general" --prompt "$PROMPT" --max_new_tokens 60
 
@@ -80,12 +89,13 @@ output.write_text("\n<|endoftext|>\n".join(modules), encoding="utf-8")
 PYTHON
 fi
 
-# Learns the domain and replays a little of TRAIN beside it. What is forgotten is measured on the text that the first
-# run held out. With `--on_forgetting warn` the run only says when that is too much; the default goes back to the best
-# weights within the limit.
+# Learns the domain and replays a little of TRAIN beside it; the learning rate rises once more, to half of its first
+# height, and falls. What is forgotten is measured on the text that the first run held out. `--on_forgetting warn` only
+# says when that is too much; the default would go back to the best weights within the limit.
+length=(--epochs "$DOMAIN_EPOCHS")
+[[ -z "$DOMAIN_STEPS" ]] || length=(--max_steps "$DOMAIN_STEPS")
 seedbed continue --model "$general" --data "$DOMAIN_TEXT" --domain "$DOMAIN" --max_seq_len "$CONTEXT" \
-  --max_steps "$DOMAIN_STEPS" --eval_every 100 --max_forgetting "$MAX_FORGETTING" --on_forgetting warn \
-  --output "$adapted"
+  "${length[@]}" --max_forgetting "$MAX_FORGETTING" --on_forgetting warn --output "$adapted"
 
 # On the domain's held-out text; then everything it knows, before and after.
 seedbed evaluate --model "$adapted"

@@ -52,7 +52,7 @@ def test_the_continual_pipeline_ends_with_a_model_of_two_domains(make_text: Make
     (tmp_path / "valid.txt").write_text(text[24_000:])
     (tmp_path / "shape").mkdir()
     (tmp_path / "shape/config.json").write_text(json.dumps(SHAPE))
-    sizes = {"VOCAB": 300, "CONTEXT": 32, "STEPS": 20, "DOMAIN_STEPS": 10, "DOMAIN_BYTES": 30_000, "PATIENCE": 2}
+    sizes = {"VOCAB": 300, "CONTEXT": 32, "STEPS": 20, "DOMAIN_STEPS": 10, "DOMAIN_BYTES": 30_000}
     done = start("continual_pipeline.sh", tmp_path, TRAIN="train.txt", VALID="valid.txt", MODEL="shape", **sizes)
     assert done.returncode == 0, done.stderr
 

@@ -10,8 +10,17 @@ import pytest
 
 import seedbed
 
-PUBLIC = ["Evaluation", "LanguageModel", "Run", "SeedbedError", "Trainer",
-    "continue_training", "finetune", "load", "pretrain"]
+PUBLIC = [
+    "Evaluation",
+    "LanguageModel",
+    "Run",
+    "SeedbedError",
+    "Trainer",
+    "continue_training",
+    "finetune",
+    "load",
+    "pretrain",
+]
 """Adding a name is a line here; removing or renaming one breaks somebody's program."""
 
 METHODS = {

@@ -147,7 +147,7 @@ class KeepOptions(Section):
         None, description="The same with text that the model writes itself before it changes. [0.1]"
     )
     l2_sp: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="Strength of a pull towards the old weights (L2-SP). [0.1]"
+        None, description="Strength of a pull towards the old weights (L2-SP). [0.05]"
     )
     ewc: Annotated[float, Field(ge=0)] | None = Field(
         None, description="The same, each weight by what it means to held-out text of what the model knew (EWC). [10]"
@@ -271,7 +271,7 @@ SECTIONS: tuple[type[Section], ...] = (
 STRENGTHS: dict[str, float | bool] = {
     "replay": 0.05,
     "self_replay": 0.1,
-    "l2_sp": 0.1,
+    "l2_sp": 0.05,
     "ewc": 10.0,
     "kl": 0.3,
     "interpolate": True,

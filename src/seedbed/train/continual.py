@@ -6,6 +6,7 @@ weights interpolated at the end. Learning rates are warmed up again and decay ag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +51,9 @@ from seedbed.train.stopping import StopRequest
 OWN_TEXT = SamplingOptions(temperature=1.0, top_k=0, repetition_penalty=1.0)
 """How a model writes text that stands for what it knew: exactly as it would predict it."""
 WRITTEN_AT_ONCE = 32
-FISHER_TOKENS = 32_768
+WITH_STORED_TEXT: dict[str, float | bool] = {"replay": 0.05, "l2_sp": 0.01}
+WITHOUT_STORED_TEXT: dict[str, float | bool] = {"self_replay": 0.1, "l2_sp": 0.02}
+FISHER_TOKENS = 8192
 
 
 def from_earlier_model(start: Start, config: Config, display: Display) -> Ingredients:
@@ -128,9 +131,9 @@ def inherit_learning_rate(config: Config, origin: Path) -> Config:
     Ibrahim et al. (2024) warm up to the whole rate; half of it learns nearly as much and forgets less.
     """
     values = trained_with(origin)
-    if "learning_rate" not in values or config.with_lora or config.is_given("learning_rate"):
+    rate, regime = values.get("learning_rate"), values.get("regime", "scratch")
+    if not isinstance(rate, float) or config.with_lora or config.is_given("learning_rate"):
         return config
-    rate, regime = float(values["learning_rate"]), values.get("regime", "scratch")
     if regime == "scratch":
         return config.update(f"half the peak of {run_of(origin)}", learning_rate=rate / 2)
     return config.update(f"the peak of {run_of(origin)}", learning_rate=rate) if regime == "continue" else config
@@ -146,27 +149,27 @@ def choose_methods(config: Config, memory: Memory) -> tuple[Config, str]:
     named = [part.strip() for part in keeping.method.split(",")]
     given = [name for name in STRENGTHS if getattr(keeping, name)]
     why = ""
+    chosen = {name: STRENGTHS[name] for name in named if name in STRENGTHS and not getattr(keeping, name)}
     if named == ["auto"] and not given:
-        named, why = _automatic(config, memory)
-    chosen = [name for name in named if name in STRENGTHS and not getattr(keeping, name)]
-    source = f"--method {keeping.method}"
-    config = config.update(source, **{name: STRENGTHS[name] for name in chosen}) if chosen else config
+        chosen, why = _automatic(config, memory)
+    config = config.update(f"--method {keeping.method}", **chosen) if chosen else config
     _require_texts(config, memory)
     return config, why
 
 
-def _automatic(config: Config, memory: Memory) -> tuple[list[str], str]:
-    """What is best with the texts at hand, unless it was switched off."""
+def _automatic(config: Config, memory: Memory) -> tuple[dict[str, float | bool], str]:
+    """What measured best with the texts at hand (docs/continual-results.md), less what was switched off; and why."""
     off = {name for name in STRENGTHS if getattr(config.keeping, name) in (0, False)}
+    if config.with_lora:
+        off.add("l2_sp")
     stored = [stage.domain for stage in memory.earlier if stage.reserve_bytes]
     if stored and "replay" not in off:
-        return ["replay"], f"there is stored text of {', '.join(stored)}, and replaying a little of it holds it best"
-    reason = "replay is switched off" if stored else "there is no stored text of what the model knew"
-    means = {"self_replay": "it writes some itself"}
-    if _can_measure(memory) and memory.learning.held_out_bytes and not config.adapt.lora_dora:
-        means["interpolate"] = "old and new weights are mixed, as held-out text says is best"
-    parts = [name for name in means if name not in off]
-    return parts, f"{reason}, so {' and '.join(means[name] for name in parts) or 'nothing holds what it knew'}"
+        chosen, why = WITH_STORED_TEXT, f"there is stored text of {', '.join(stored)}, a little of which holds the rest"
+    else:
+        reason = "replay is switched off" if stored else "there is no stored text of what the model knew"
+        writes = "it writes some itself" if "self_replay" not in off else "nothing is replayed"
+        chosen, why = WITHOUT_STORED_TEXT, f"{reason}, so {writes}"
+    return {name: value for name, value in chosen.items() if name not in off}, why
 
 
 def _can_measure(memory: Memory) -> bool:
@@ -272,7 +275,8 @@ def _rows(made: Prepared, memory: Memory, load_old: Callable[[], Decoder], run: 
             parts.append(replay_rows(store, everything, data.max_seq_len, seed, num_targets, packing=data.packing))
     if self_replay:
         [num_targets] = replay_targets(new.num_targets, self_replay / (1 - replay), 1)
-        documents = own_texts(made, load_old, num_targets, run / SELF_REPLAY_FILE, display)
+        needed = math.ceil(num_targets * _share_of_epoch(config.training, len(new)))
+        documents = own_texts(made, load_old, needed, run / SELF_REPLAY_FILE, display)
         store = store_documents(documents, "text", Reading(made.tokenizer), "the model's own text", display)
         everything = np.arange(store.num_documents)
         parts.append(replay_rows(store, everything, data.max_seq_len, seed, num_targets))
@@ -280,6 +284,12 @@ def _rows(made: Prepared, memory: Memory, load_old: Callable[[], Decoder], run: 
     old = sum(part.num_targets for part in parts[1:])
     display.line(f"Replayed: {old:,} tokens an epoch, {old / mixed.num_targets:.2%} of all")
     return mixed
+
+
+def _share_of_epoch(training: TrainingOptions, num_rows: int) -> float:
+    """How much of an epoch a run of few steps gets to see."""
+    steps = math.ceil(num_rows / (training.batch_size * training.grad_accumulation))
+    return min(1.0, (training.max_steps or steps) / steps)
 
 
 def own_texts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from seedbed.train.stopping import StopRequest, Stopwatch, listen_for_signals
 
 TIME_LIMIT_EXIT_CODE = 75
 MAX_SKIPPED_IN_A_ROW = 10
+MOST_FORGETTING = 1e6  # stands for a loss that is not finite, which JSON has no word for
 SAMPLE = SamplingOptions(max_new_tokens=60)
 
 
@@ -149,12 +151,12 @@ class Loop:
                 self.close_epoch()
             elif self.due(job.watching.save_every):
                 self.save_and_rotate("step", state.step)
+            if self.forgot_too_much():
+                return self.stop_forgetting()
             if self.ended():
                 return self.stop_with("done", "final")
             if self.out_of_patience():
                 return self.stop_early()
-            if self.forgot_too_much():
-                return self.stop_forgetting()
             if request.signal is not None:
                 return self.stop_with("interrupted", f"step-{state.step}")
             if self.watch.seconds_left < self.step_seconds + 2 * self.save_seconds:
@@ -256,25 +258,19 @@ class Loop:
         losses = self.held_out_losses(request)
         if losses is None:
             return False
+        metrics = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
         improved = False
-        loss, *earlier = losses
-        metrics: dict[str, float] = {}
-        if loss is not None:
-            best = math.inf if state.best_val_loss is None else state.best_val_loss
-            improved = loss < best
-            state.val_loss = loss if math.isfinite(loss) else None
-            if state.val_loss is not None:
-                metrics = {"val_loss": loss, "val_ppl": perplexity(loss)}
+        if job.validation is not None:
+            loss, state.val_loss = losses["val_loss"], metrics.get("val_loss")
+            improved = loss < (math.inf if state.best_val_loss is None else state.best_val_loss)
             if not self.epoch_ended():  # an epoch has its own lines
                 self.display.validation(state.step, loss)
-        for known, now in zip(job.keeping.earlier, earlier, strict=True):
-            if now is not None and math.isfinite(now):
-                metrics[f"val_loss/{known.domain}"] = now
-                state.forgetting[known.domain] = now / known.loss - 1
+        if state.val_loss is not None and "val_loss" in metrics:
+            metrics["val_ppl"] = perplexity(state.val_loss)
         if metrics:
             self.write(metrics)
         if job.keeping.earlier:
-            improved = self.watch_forgetting() and improved
+            improved = self.watch_forgetting(metrics) and improved
         state.validated_step = state.step
         self.sample()
         if improved:
@@ -283,32 +279,30 @@ class Loop:
         self.summarize("running")
         return True
 
-    def held_out_losses(self, request: StopRequest) -> list[float | None] | None:
-        """Nats per target of the held-out text, None without any, then of what was known earlier; None at a signal."""
-        job = self.job
-        losses: list[float | None] = []
-        for held_out in (job.validation, *(known.validation for known in job.keeping.earlier)):
-            loss = None
-            if held_out is not None:
-                loss = held_out_loss(job, held_out.rows, request, self.display)
-                if loss is None:
-                    return None
-            losses.append(loss)
+    def held_out_losses(self, request: StopRequest) -> dict[str, float] | None:
+        """Nats per target of the held-out text, and of what was known earlier; None when a signal came in between."""
+        held_out = {} if self.job.validation is None else {"val_loss": self.job.validation}
+        held_out |= {f"val_loss/{known.domain}": known.validation for known in self.job.keeping.earlier}
+        losses = {}
+        for name, validation in held_out.items():
+            loss = held_out_loss(self.job, validation.rows, request, self.display)
+            if loss is None:
+                return None
+            losses[name] = loss
         return losses
 
-    def watch_forgetting(self) -> bool:
+    def watch_forgetting(self, metrics: Mapping[str, float]) -> bool:
         """Say how much worse everything earlier is; whether all of it is within the limit."""
-        job, state = self.job, self.state
+        job, state, limit = self.job, self.state, self.job.keeping.max_forgetting
+        for known in job.keeping.earlier:
+            now = metrics.get(f"val_loss/{known.domain}", math.inf)
+            state.forgetting[known.domain] = min(now / known.loss - 1, MOST_FORGETTING)
         self.display.forgetting(state.step, state.forgetting)
-        limit = job.keeping.max_forgetting
         beyond = {domain: rise for domain, rise in state.forgetting.items() if rise > limit}
         if beyond:
             job.run.event("forgetting", state.step, limit=limit, beyond=beyond)
-            self.display.line(
-                "  Alarm: "
-                + ", ".join(f"{domain} is {rise:.1%} worse" for domain, rise in beyond.items())
-                + f"; --max_forgetting allows {limit:.1%}"
-            )
+            worse = ", ".join(f"{domain} is {rise:.1%} worse" for domain, rise in beyond.items())
+            self.display.line(f"  Alarm: {worse}; --max_forgetting allows {limit:.1%}")
         return not beyond
 
     def sample(self) -> None:

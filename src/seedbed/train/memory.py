@@ -22,7 +22,8 @@ import yaml
 
 from seedbed.adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from seedbed.checkpoint import MANIFEST
-from seedbed.config import Config, TextOptions
+from seedbed.config import Config, TextOptions, read_section
+from seedbed.data import Source
 from seedbed.data.conversations import from_document
 from seedbed.data.overlap import NAME as OVERLAP
 from seedbed.data.overlap import require_no_overlap
@@ -88,7 +89,7 @@ class Memory:
     def without_learning(self, folder: Path) -> Memory:
         """What was remembered before that domain, in a new `folder`."""
         for stage in self.earlier:
-            _copy_texts(self.folder, folder, stage.domain)
+            _copy_texts(self.folder, folder, stage)
         return replace(self, folder=folder, history=History(self.earlier))
 
     def keep(self) -> None:
@@ -121,17 +122,15 @@ def begin_memory(config: Config, run: Path, display: Display) -> Memory:
     folder = run / "history"
     forget(run)
     for stage in history.stages:
-        _copy_texts(here / "seedbed", folder, stage.domain)
+        _copy_texts(here / "seedbed", folder, stage)
     base = history.stages[0]
     if keeping.general_data and base.held_out_bytes:
         raise ConfigError(
             f"--general_data {keeping.general_data}: {config.model.model} remembers general text already "
             f"({base.data}); leave it out"
         )
-    if not base.held_out_bytes and (found := general_texts(config, Path(base.model), display)):
-        texts, name = found
-        base = _keep_texts(folder, replace(base, data=name, format=texts.train.format), texts, keeping.reserve_mb)
-        history = history.with_stage(base)
+    if not base.held_out_bytes:
+        history = history.with_stage(_with_general_text(config, base, folder, display))
     texts = open_texts(data)
     stage = Stage(
         domain=keeping.domain,
@@ -256,29 +255,52 @@ def run_of(folder: Path) -> Path | None:
 
 
 def trained_with(folder: Path) -> dict[str, Any]:
-    """The options of the run that made a checkpoint; empty for a model from elsewhere."""
+    """The options of the run that made a checkpoint; empty for a model from elsewhere, or when they are damaged."""
     run = run_of(folder)
-    values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if run else None
+    if run is None:
+        return {}
+    try:
+        values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
     return values if isinstance(values, dict) else {}
 
 
-def general_texts(config: Config, base: Path, display: Display) -> tuple[Texts, str] | None:
-    """Text for what the model knew before any domain: `--general_data`, else that of the run that trained `base`."""
-    if config.keeping.general_data:
-        options = TextOptions(data=config.keeping.general_data, val_split=config.data.val_split or 0.1)
+def _with_general_text(config: Config, base: Stage, folder: Path, display: Display) -> Stage:
+    """The stage before any domain with text for what was known by then: `--general_data`, else what it learnt from.
+
+    Raises:
+        DataError: `--general_data` cannot be read, or not be divided.
+    """
+    name, reserve_mb = config.keeping.general_data, config.keeping.reserve_mb
+    if name:
+        options = TextOptions(data=name, val_split=config.data.val_split or 0.1)
         try:
-            return open_texts(options), config.keeping.general_data
+            texts = open_texts(options)
+            if texts.validation is None and _is_one_document(texts.train):
+                raise DataError(
+                    f"--data {name} is one document, and a part of it has to be held out; give text of several"
+                )
+            return _keep_texts(folder, replace(base, data=name, format=texts.train.format), texts, reserve_mb)
         except DataError as error:
             raise DataError(str(error).replace("--data ", "--general_data ")) from None
-    values = trained_with(base)
-    if not values:
-        return None
-    options = TextOptions(**{name: values[name] for name in TextOptions.model_fields if name in values})
+    run = run_of(Path(base.model))
+    values = trained_with(Path(base.model))
+    known = {name: values[name] for name in TextOptions.model_fields if name in values}
+    if not run or not known:
+        return base
     try:
-        return open_texts(options), str(options.data)
+        texts = open_texts(read_section(TextOptions, known, str(run)))
+        return _keep_texts(folder, replace(base, data=known["data"], format=texts.train.format), texts, reserve_mb)
     except SeedbedError as error:
-        display.line(f"Note: the text that {run_of(base)} learnt from cannot be read now ({error})")
-        return None
+        display.line(f"Note: the text that {run} learnt from cannot be read now ({error})")
+        return base
+
+
+def _is_one_document(source: Source) -> bool:
+    documents = source.documents()
+    first = next(documents)
+    return all(document == first for document in documents)
 
 
 def _keep_texts(folder: Path, stage: Stage, texts: Texts, reserve_mb: float) -> Stage:
@@ -341,108 +363,22 @@ def refuse_overlap(memory: Memory, config: Config, display: Display) -> None:
                     require_no_overlap(reserve, held_out, what=what, where=where)
 
 
-def run_of(folder: Path) -> Path | None:
-    """The run folder that a checkpoint stands in."""
-    run = folder.resolve().parent.parent
-    return run if folder.resolve().parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
-
-
-def trained_with(folder: Path) -> dict[str, Any]:
-    """The options of the run that made a checkpoint; empty for a model from elsewhere."""
-    run = run_of(folder)
-    values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if run else None
-    return values if isinstance(values, dict) else {}
-
-
-def general_texts(config: Config, base: Path, display: Display) -> tuple[Texts, str] | None:
-    """Text for what the model knew before any domain: `--general_data`, else that of the run that trained `base`."""
-    if config.keeping.general_data:
-        options = TextOptions(data=config.keeping.general_data, val_split=config.data.val_split or 0.1)
-        try:
-            return open_texts(options), config.keeping.general_data
-        except DataError as error:
-            raise DataError(str(error).replace("--data ", "--general_data ")) from None
-    values = trained_with(base)
-    if not values:
-        return None
-    options = TextOptions(**{name: values[name] for name in TextOptions.model_fields if name in values})
-    try:
-        return open_texts(options), str(options.data)
-    except SeedbedError as error:
-        display.line(f"Note: the text that {run_of(base)} learnt from cannot be read now ({error})")
-        return None
-
-
-def _keep_texts(folder: Path, stage: Stage, texts: Texts, reserve_mb: float) -> Stage:
-    """Write a domain's held-out text and its reserve, as much as is kept of them."""
-    kept, whole = int(reserve_mb * 1e6), texts.are_conversations
-    held_out = some_documents(texts.held_out_documents, HELD_OUT_BYTES, whole=whole) if texts.hold_out else []
-    reserve = some_documents(texts.training_documents, kept, whole=whole) if kept else []
-    return replace(
-        stage,
-        held_out_documents=len(held_out),
-        held_out_bytes=write_documents(_text_file(folder, stage.domain, "held_out"), held_out),
-        reserve_documents=len(reserve),
-        reserve_bytes=write_documents(_text_file(folder, stage.domain, "reserve"), reserve),
-    )
-
-
-def some_documents(read: Callable[[], Iterator[str]], limit: int, *, whole: bool = False) -> list[str]:
-    """Documents of at most `limit` bytes together, chosen by the digest of their text and in their order.
-
-    Any document alone above the limit is passed over; when all are, the beginning of the first is taken, or nothing
-    where only `whole` documents mean something.
-    """
-    facts = np.array([(digest(raw), len(raw)) for raw in (text.encode() for text in read())], dtype=np.uint64)
-    order = np.argsort(facts[:, 0], kind="stable")  # (documents,)
-    order = order[facts[order, 1] <= limit]
-    chosen = set(order[np.cumsum(facts[order, 1]) <= limit].tolist())
-    if not chosen:
-        beginning = "" if whole else next(read()).encode()[:limit].decode(errors="ignore")
-        return [beginning] if beginning.strip() else []
-    return [text for number, text in enumerate(read()) if number in chosen]
-
-
-def _plain(documents: Iterable[str], format: str) -> Iterator[str]:
-    """Texts as they are; of conversations what is said in them, but for system prompts, which rows share."""
-    for document in documents:
-        if format == "text":
-            yield document
-        else:
-            yield "\n".join(said["content"] for said in from_document(document) if said["role"] != "system")
-
-
-def refuse_overlap(memory: Memory, config: Config, display: Display) -> None:
-    """Raise DataError when a figure would be measured on text that is learnt, now or again."""
-    if OVERLAP in config.watching.allow:
-        return
-    texts, learning, val_data = open_texts(config.data), memory.learning, config.data.val_data
-    with display.working("Comparing held-out text with the training text"):
-        for number, stage in enumerate(memory.history.stages):
-            held_out = list(_plain(memory.held_out(stage.domain), stage.format))
-            is_new = stage == learning
-            what = f"held-out text of {stage.domain} ({(val_data if is_new else None) or stage.data})"
-            if held_out and (val_data or not is_new):
-                train = _plain(texts.training_documents(), learning.format)
-                require_no_overlap(train, held_out, what=what, where=f"--data {config.data.data}")
-            # What was replayed while a stage was learnt, was compared with its held-out text then.
-            if not held_out or not config.keeping.replay or stage.method.get("replay"):
-                continue
-            for before in memory.history.stages[:number]:
-                reserve = _plain(memory.reserve(before.domain), before.format)
-                where = f"replayed from {before.domain} ({before.data})"
-                require_no_overlap(reserve, held_out, what=what, where=where)
-
-
 def _text_file(folder: Path, domain: str, kind: str) -> Path:
     return folder / "domains" / domain / f"{kind}.jsonl"
 
 
-def _copy_texts(source: Path, folder: Path, domain: str) -> None:
-    for kind in ("held_out", "reserve"):
-        old, new = _text_file(source, domain, kind), _text_file(folder, domain, kind)
-        if not old.is_file():
+def _copy_texts(source: Path, folder: Path, stage: Stage) -> None:
+    """Link or copy what is kept of a stage.
+
+    Raises:
+        CheckpointError: it is missing, or damaged.
+    """
+    for kind, num_bytes in (("held_out", stage.held_out_bytes), ("reserve", stage.reserve_bytes)):
+        old, new = _text_file(source, stage.domain, kind), _text_file(folder, stage.domain, kind)
+        if not num_bytes:
             continue
+        for _ in read_documents(old):
+            pass
         new.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):
             os.link(old, new)

@@ -330,3 +330,68 @@ def test_options_of_fine_tuning_mean_nothing_from_scratch(name: str) -> None:
     assert problem == f"--{name} has no meaning when training from scratch; leave it out"
     [problem] = problems(Layer("my.yaml", {"model": "tiny", name: "1"}))
     assert problem == f"{name} in my.yaml has no meaning when training from scratch; leave it out"
+
+
+# Continuing
+
+
+def continuing(**values: Any) -> Config:
+    return resolve("continue", [Layer(FLAGS, {"model": "m", "data": "a.txt", "domain": "law", **values})])
+
+
+def continuing_problems(**values: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        continuing(**values)
+    return caught.value.problems
+
+
+def test_lora_changes_the_regime_of_continuing() -> None:
+    assert continuing().regime == "continue" and not continuing().with_lora
+    config = continuing(lora_r="4")
+    assert (config.regime, config.with_lora, config.continues) == ("continue-lora", True, True)
+    assert config.training.learning_rate == 2e-4
+
+
+def test_options_of_continuing_come_back_from_a_run(tmp_path: Path) -> None:
+    config = continuing(replay="0.1", method="replay,kl", max_forgetting="0.02")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    again = resolve("continue", [read_config_file(str(tmp_path / "config.yaml"))])
+    assert again.values() == config.values()
+    assert list(config.values()) == option_names("continue")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"domain": None}, ("--domain is missing", "--domain medical")),
+        ({"domain": "a/b"}, ("--domain a/b", "letters, digits")),
+        ({"domain": "../up"}, ("--domain ../up", "letters, digits")),
+        ({"domain": "x" * 65}, ("at most 64",)),
+        ({"replay": "1"}, ("--replay 1", "less than 1")),
+        ({"replay": "-0.1"}, ("--replay -0.1", "greater than or equal to 0")),
+        ({"replay": "0.5", "self_replay": "0.5"}, ("--replay 0.5", "--self_replay 0.5", "nothing for the new text")),
+        ({"method": "reply"}, ("--method reply", "did you mean replay?")),
+        ({"method": "auto,kl"}, ("--method auto,kl", "auto stands alone")),
+        ({"method": "naive", "replay": "0.1"}, ("--method naive", "contradicts --replay 0.1")),
+        ({"method": "replay", "replay": "0"}, ("--method replay", "contradicts --replay 0.0")),
+        ({"on_forgetting": "stop"}, ("--on_forgetting stop", "without --max_forgetting")),
+        ({"max_forgetting": "-1"}, ("--max_forgetting -1",)),
+        ({"lora": True, "l2_sp": "0.1"}, ("--l2_sp has no meaning with --lora",)),
+        ({"lora": True, "method": "ewc"}, ("--ewc has no meaning with --lora",)),
+        ({"lora_dora": True, "interpolate": True}, ("--interpolate has no meaning with --lora_dora",)),
+        ({"arch": "llama"}, ("--arch has no meaning when continuing",)),
+    ],
+)
+def test_what_cannot_be_continued(values: dict[str, Any], words: tuple[str, ...]) -> None:
+    [problem] = continuing_problems(**values)
+    assert all(word in problem for word in words), problem
+
+
+def test_going_back_needs_no_domain() -> None:
+    assert continuing(domain=None, data=None, rollback_to="law").keeping.rollback_to == "law"
+
+
+@pytest.mark.parametrize("name", ["domain", "replay", "method", "max_forgetting"])
+def test_options_of_continuing_mean_nothing_in_fine_tuning(name: str) -> None:
+    [problem] = tuning_problems(Layer(FLAGS, {"model": "gpt2", name: "1"}))
+    assert problem == f"--{name} has no meaning when fine-tuning; leave it out"
