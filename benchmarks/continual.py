@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+import seedbed
 from seedbed.data import open_source
 from seedbed.data.store import digest
 
@@ -54,12 +55,13 @@ METHODS: dict[str, str] = {
     "replay 5 % + L2-SP": "--replay 0.05 --l2_sp 0.01",
     "replay 5 % + EWC": "--replay 0.05 --ewc 10",
     "self-replay + L2-SP": "--self_replay 0.1 --l2_sp 0.02",
+    "within 1 %": "--replay 0.05 --l2_sp 0.01 --interpolate --max_forgetting 0.01 --on_forgetting warn",
     "LoRA": "--method naive --lora",
     "last blocks": "--method naive --last_blocks {half}",
 }
 """The parts, alone and together. Those without `replay` use no stored text of what the model knew."""
 
-CHAINED = ("naive", "replay 5 % + L2-SP", "self-replay + L2-SP")
+CHAINED = ("naive", "replay 5 % + L2-SP", "self-replay + L2-SP", "within 1 %")
 """Methods that also learn all domains, one after the other."""
 
 
@@ -83,7 +85,7 @@ SETTINGS = {
         3,
     ),
     "pretrained": Setting(
-        "--max_seq_len 128 --batch_size 4 --max_steps 40 --eval_every 40 --val_split 0.02",
+        "--max_seq_len 128 --batch_size 4 --max_steps 40 --eval_every 40 --val_split 0.02 --learning_rate 1e-4",
         "general",
         (("shakespeare", "python", "wikitext"), ("python", "wikitext", "shakespeare")),
         15,
@@ -203,7 +205,7 @@ def pretrain(folder: Path, texts: dict[str, dict[str, Path]]) -> None:
         joined = folder.with_name("all-of-wikitext.jsonl")
         joined.parent.mkdir(parents=True, exist_ok=True)
         joined.write_text("".join(texts[name]["train"].read_text(encoding="utf-8") for name in ("wikitext", "general")))
-        seedbed(
+        command(
             f"pretrain --data {joined} --model tiny --epochs 6 --output {folder} --no_tensorboard --eval_every 1000"
         )
 
@@ -221,7 +223,7 @@ def learn(run: Run, models: dict[str, Path], texts: dict[str, dict[str, Path]], 
     ]
     if run.setting == "pretrained" and not run.before:
         flags.append(f"--general_data {texts['general']['train']}")
-    facts = seedbed(f"continue {' '.join(flags)}")
+    facts = command(f"continue {' '.join(flags)}")
     kept = ("steps", "tokens", "hours", "peak_memory_mb", "trainable_parameters", "method", "domains")
     known = {name: texts[name] for name in (setting.old, *run.path)}
     result = {**{key: facts[key] for key in kept}, "test": measured(folder, known)}
@@ -239,18 +241,17 @@ def forget_checkpoints(folder: Path, run: Run) -> None:
 
 def measured(model: Path, texts: dict[str, dict[str, Path]]) -> dict[str, dict[str, float]]:
     """Loss and bits per byte on the test text of every domain."""
-    result = {}
-    for name, files in texts.items():
-        facts = seedbed(f"evaluate --model {model} --data {files['test']} --max_seq_len 256")
-        result[name] = {"loss": facts["nats_per_token"], "bits_per_byte": facts["bits_per_byte"]}
-    return result
+    loaded = seedbed.load(model, device="cpu")
+    figures = {name: loaded.evaluate(str(files["test"]), max_seq_len=256) for name, files in texts.items()}
+    return {name: {"loss": f.nats_per_token, "bits_per_byte": f.bits_per_byte} for name, f in figures.items()}
 
 
-def seedbed(words: str) -> dict[str, Any]:
+def command(words: str) -> dict[str, Any]:
     """Run one command and read what it prints as JSON."""
     sys.stderr.write(f"seedbed {words}\n")
-    command = [sys.executable, "-m", "seedbed", *shlex.split(words), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "seedbed", *shlex.split(words), "--json"], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     facts: dict[str, Any] = json.loads(done.stdout)

@@ -361,7 +361,7 @@ def test_an_adapter_without_its_weights(base: Path, work: Path, fails: Fails) ->
     contains(fails(4, ["--model", "adapter"]), "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("content", ["data: [", "7", "learning_rate: fast\nval_split: 7\ndata: [1]"])
+@pytest.mark.parametrize("content", ["data: [", "7", "val_split: 7\ndata: [1]"])
 def test_an_unusable_config_beside_the_model(content: str, model: Path, tmp_path: Path, work: Path) -> None:
     """The model is then one from elsewhere."""
     (tmp_path / "parent/config.yaml").write_text(content, encoding="utf-8")

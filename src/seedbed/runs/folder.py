@@ -35,7 +35,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._was_there = path.exists()
+        self._found = {entry.name for entry in path.iterdir()} if path.is_dir() else None
         self.checkpoints = path / "checkpoints"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -64,12 +64,12 @@ class RunFolder:
         """Undo the making of the folder when no run was begun in it; what was there before stays."""
         if (self.path / "config.yaml").exists():
             return
-        if not self._was_there:
+        if self._found is None:
             shutil.rmtree(self.path, ignore_errors=True)
             return
-        (self.path / ".lock").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty: it is the user's
-            self.checkpoints.rmdir()
+        for entry in self.path.iterdir():
+            if entry.name not in self._found:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add one line to `metrics.jsonl`, `samples.jsonl` or `events.jsonl`."""

@@ -270,7 +270,8 @@ class Loop:
         if metrics:
             self.write(metrics)
         if job.keeping.earlier:
-            improved = self.watch_forgetting(metrics) and improved
+            within = self.watch_forgetting(metrics) or job.keeping.on_forgetting == "warn"
+            improved = improved and within
         state.validated_step = state.step
         self.sample()
         if improved:
@@ -362,11 +363,12 @@ class Loop:
 
     def stop_forgetting(self) -> str:
         """End with the best weights within the limit, or with those at hand; where none are, `conclude` knows."""
-        checkpoints = self.job.run.checkpoints
+        state = self.state
         self.notes = f"--max_forgetting {self.job.keeping.max_forgetting:g} was exceeded"
-        if self.job.keeping.on_forgetting == "stop":
+        if self.job.keeping.on_forgetting == "stop" and state.best_step < state.step:
+            state.best_val_loss, state.best_step = state.val_loss, state.step
             self.save("best")
-        if (checkpoints / "best").exists():
+        if (self.job.run.checkpoints / "best").exists():
             return self.stop_early()
         return "early_stopped"
 
