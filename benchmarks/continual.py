@@ -55,13 +55,14 @@ METHODS: dict[str, str] = {
     "replay 5 % + L2-SP": "--replay 0.05 --l2_sp 0.01",
     "replay 5 % + EWC": "--replay 0.05 --ewc 10",
     "self-replay + L2-SP": "--self_replay 0.1 --l2_sp 0.02",
+    "replay 25 % + L2-SP": "--replay 0.25 --l2_sp 0.01",
     "within 1 %": "--replay 0.05 --l2_sp 0.01 --interpolate --max_forgetting 0.01 --on_forgetting warn",
     "LoRA": "--method naive --lora",
     "last blocks": "--method naive --last_blocks {half}",
 }
 """The parts, alone and together. Those without `replay` use no stored text of what the model knew."""
 
-CHAINED = ("naive", "replay 5 % + L2-SP", "self-replay + L2-SP", "within 1 %")
+CHAINED = ("naive", "replay 5 % + L2-SP", "replay 25 % + L2-SP", "self-replay + L2-SP", "within 1 %")
 """Methods that also learn all domains, one after the other."""
 
 

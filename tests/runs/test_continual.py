@@ -220,6 +220,15 @@ def test_curves_of_all_that_was_known(two_domains: tuple[Path, Path]) -> None:
         assert (summary["domain"], summary["method"]) == (stage.domain, dict(stage.method))
 
 
+def test_tensorboard_has_a_curve_for_each_domain(keep_it: RunIt, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    keep_it(tmp_path / "run", tensorboard=True, eval_every=2)
+    events = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    for tag in ("validation/loss", f"validation/loss/{BASE}"):
+        assert [event.step for event in events.Scalars(tag)] == [2, 4]
+
+
 def test_the_learning_rate_is_half_of_what_the_model_was_trained_with(two_domains: tuple[Path, Path]) -> None:
     for output in two_domains:
         values = read_config_file(str(output / "config.yaml")).values
@@ -620,6 +629,13 @@ def test_a_stage_can_be_used_by_its_name(
             assert run(["generate", *model, "--prompt", "The", "--max_new_tokens", "9"]) == 0
             told.append(capsys.readouterr().out)
         assert told[:2] == told[2:]
+
+
+def test_runs_that_were_moved_together_find_each_other(keep_it: RunIt, tmp_path: Path) -> None:
+    keep_it(tmp_path / "runs/first")
+    keep_it(tmp_path / "runs/second", data="docs", model=str(tmp_path / "runs/first"))
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    assert stage_folder(str(tmp_path / "elsewhere/second"), "code") == best(tmp_path / "elsewhere/first")
 
 
 # LoRA

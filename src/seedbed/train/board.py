@@ -30,8 +30,9 @@ class Board:
         if self._writer is None:
             return
         for name, value in metrics.items():
-            if name in _TAGS:
-                self._writer.add_scalar(_TAGS[name], value, step)
+            kind, _, domain = name.partition("/")  # val_loss/DOMAIN: of something known earlier
+            if kind in _TAGS:
+                self._writer.add_scalar(f"{_TAGS[kind]}/{domain}".rstrip("/"), value, step)
         self._writer.flush()
 
     def close(self) -> None:

@@ -193,12 +193,15 @@ def known_stages(folder: Path, last: str | None, flag: str = "--rollback_to") ->
 def find_stage(folder: Path, stage: Stage) -> Path:
     """The model folder of a stage in the history of `folder`, checked to be the one that was left there.
 
+    Where it was, or beside the run of `folder`, if all runs were moved together.
+
     Raises:
         CheckpointError: it is missing, or has changed.
     """
-    there = Path(stage.model)
+    beside = folder.resolve().parents[:3][-1].joinpath(*Path(stage.model).parts[-3:])  # RUN/checkpoints/best
+    there = next((path for path in (Path(stage.model), beside) if stage.model and path.is_dir()), None)
     remedy = f"put the folder back, or name the model of another stage with --model; {folder} itself is untouched"
-    if not stage.model or not there.is_dir():
+    if there is None:
         raise CheckpointError(f"{folder}: its stage {stage.domain!r} was {stage.model}, and that is gone; {remedy}")
     if stage.fingerprint and model_fingerprint(there) != stage.fingerprint:
         raise CheckpointError(
