@@ -30,12 +30,12 @@ from seedbed.model.decoder import Decoder
 from seedbed.model.weights import load_decoder
 from seedbed.runs.history import BASE, Figure, History, Stage, find_history, read_documents, read_history
 from seedbed.runs.lineage import forgetting
-from seedbed.train import build, conclude, continual, loop
-from seedbed.train.continual import WITH_STORED_TEXT, WITHOUT_STORED_TEXT, choose_methods
+from seedbed.train import build, conclude, holding, loop
 from seedbed.train.corpus import open_texts, store_documents, validation_rows
 from seedbed.train.job import Job
 from seedbed.train.measure import measure
 from seedbed.train.memory import Memory, model_fingerprint, stage_folder
+from seedbed.train.methods import WITH_STORED_TEXT, WITHOUT_STORED_TEXT, choose_methods
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start, open_run
 from seedbed.train.run import run_training
@@ -302,8 +302,8 @@ def test_killed_before_any_checkpoint(keep_it: RunIt, tmp_path: Path, monkeypatc
         patch.setattr(loop, "take_step", killed)
         keep_it(tmp_path / "killed", **options)
     assert not any((tmp_path / "killed/checkpoints").iterdir())
-    monkeypatch.setattr(continual, "generate", killed)  # the text is there, and so is what weights matter
-    monkeypatch.setattr(continual, "diagonal_fisher", killed)
+    monkeypatch.setattr(holding, "generate", killed)  # the text is there, and so is what weights matter
+    monkeypatch.setattr(holding, "diagonal_fisher", killed)
     assert keep_it(tmp_path / "killed", **options).exit_code == 0
     same_stage(tmp_path / "straight", tmp_path / "killed")
 
@@ -424,7 +424,7 @@ def test_own_text_comes_from_the_model_alone(keep_it: RunIt, tmp_path: Path, mon
         given.extend(prompts)
         return write(model, tokenizer, prompts, *more, **options)
 
-    monkeypatch.setattr(continual, "generate", watched)
+    monkeypatch.setattr(holding, "generate", watched)
     keep_it(tmp_path / "run", method="self_replay", self_replay=0.3)
     assert set(given) == {""}
     written = list(read_documents(tmp_path / "run/self_replay.jsonl"))
@@ -442,7 +442,7 @@ def test_a_model_that_writes_nothing(keeping: Keeping, tmp_path: Path, monkeypat
     def silent(_model: Any, _tokenizer: Any, prompts: list[str], *_: Any, **__: Any) -> Any:
         return [Completion(prompt, "", (), "eos") for prompt in prompts]
 
-    monkeypatch.setattr(continual, "generate", silent)
+    monkeypatch.setattr(holding, "generate", silent)
     with pytest.raises(seedbed.SeedbedError, match="writes nothing"):
         build_job(config)
 

@@ -206,9 +206,10 @@ def report(stage: Stage, display: Display) -> None:
     display.line()
     display.line("Held-out text, bits per byte before and after:")
     width = max(map(len, stage.after), default=0)
+    learnt = "learnt" if stage.after != stage.before else "not learnt: the model is as it was"
     for domain, figure in stage.after.items():
         before: Figure = stage.before[domain]
-        what = "learnt" if domain == stage.domain else "kept"
+        what = learnt if domain == stage.domain else "kept"
         display.line(
             f"  {domain:<{width}}  {before.bits_per_byte:.4f} -> {figure.bits_per_byte:.4f}  "
             f"({forgetting(before, figure):+.2%}, {what})"

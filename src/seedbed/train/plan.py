@@ -24,7 +24,8 @@ from seedbed.train.corpus import Corpus, Texts
 from seedbed.train.finetune import Prepared, base_folder, fit_context, make_adapter, planned_shape, prepare
 from seedbed.train.guardrails import NAMES as GUARDRAIL_NAMES
 from seedbed.train.guardrails import Facts, check
-from seedbed.train.memory import trained_with
+from seedbed.train.memory import known_stages, trained_with
+from seedbed.train.methods import inherit_learning_rate
 from seedbed.train.progress import Display
 from seedbed.train.scratch import ASSUMED_VOCAB, decoder_config
 
@@ -57,6 +58,9 @@ def plan_finetuning(config: Config, display: Display) -> dict[str, Any]:
         shape = planned_shape(config.model.model)
         config = fit_context(config, shape)
     else:
+        if config.continues:
+            origin = known_stages(base_folder(config.model.model), config.keeping.rollback_to)[1]
+            config = inherit_learning_rate(config, origin)
         prepared = prepare(config, base_folder(config.model.model), display, None, None)
         config, shape = prepared.config, prepared.shape
     parameters = num_parameters(shape)

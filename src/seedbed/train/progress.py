@@ -172,7 +172,8 @@ class Display:
             case "early_stopped":
                 why = summary["notes"] or "no better validation loss"
                 self.line(f"Stopped early: {why}. Time: {minutes:.2f} minutes")
-                self.line(f"final/ holds the best weights, those of step {summary['best_step']}")
+                if summary["best_step"]:
+                    self.line(f"final/ holds the best weights, those of step {summary['best_step']}")
             case "time_limit":
                 self.line(f"Time limit reached after {summary['hours']:.2f}h, saved to {run}/checkpoints/time-limit")
                 self.line("The same command with more --max_training_hours goes on from there")
@@ -184,7 +185,7 @@ class Display:
                 f"(perplexity {summary['best_val_ppl']:.2f}, {summary['bits_per_byte']:.4f} bits per byte)"
             )
             self.line(f"Best checkpoint available at: {run}/checkpoints/best")
-        elif summary["status"] == "done":
+        elif summary["status"] in ("done", "early_stopped"):
             self.line(f"Model available at: {run}/checkpoints/final")
 
 
