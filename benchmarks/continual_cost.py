@@ -32,20 +32,43 @@ RESULTS = Path(__file__).parent / "results/continual_cost.json"
 
 METHODS: dict[str, dict[str, Any]] = {
     "naive": {"method": "naive"},
-    "replay": {"replay": 0.05},
-    "self-replay": {"self_replay": 0.05},
-    "L2-SP": {"l2_sp": 0.1},
+    "replay 5 %": {"replay": 0.05},
+    "self-replay": {"self_replay": 0.1},
+    "L2-SP": {"l2_sp": 0.05},
     "EWC": {"ewc": 10.0},
     "KL": {"kl": 0.3},
+    "replay 5 % + L2-SP": {"replay": 0.05, "l2_sp": 0.01},
+    "LoRA": {"method": "naive", "lora": True},
+    "last blocks": {"method": "naive", "last_blocks": 15},
 }
+AT_ONCE = 3
+"""Jobs in memory beside the naive one."""
 
 
 def main() -> None:
     """Measure, keep, print."""
     options = parse()
+    others = [name for name in METHODS if name in options.methods and name != "naive"]
+    table: dict[str, dict[str, Any]] = {}
+    for first in range(0, len(others), AT_ONCE):
+        table |= in_turns(["naive", *others[first : first + AT_ONCE]], options)
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    facts = {"machine": {**machine, "threads": torch.get_num_threads()}, **vars(options), "by_method": table}
+    facts |= {"model": Path(options.model).name, "data": Path(options.data).name}
+    facts |= {"general_data": Path(options.general_data).name}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    for name, row in table.items():
+        low, high = row["middle_half_of_ratios"]
+        time_a_token = f"{row['microseconds_a_token']:>9} us a token"
+        print(f"{name:<20} {time_a_token}   x{row['against_naive']:.3f}   ({low:.3f} to {high:.3f})")  # noqa: T201
+
+
+def in_turns(names: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What each of some methods costs, their updates made in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        jobs = {name: job(name, options, Path(folder)) for name in METHODS if name in options.methods}
-        seconds: dict[str, list[float]] = {name: [] for name in jobs}
+        jobs = {name: job(name, options, Path(folder)) for name in names}
         for turn in range(options.warmup + options.steps):
             for name, one in jobs.items():
                 began = time.perf_counter()
@@ -53,23 +76,18 @@ def main() -> None:
                 one.state.step += 1
                 if turn >= options.warmup:
                     seconds[name].append((time.perf_counter() - began) / result.tokens)
-    plain = statistics.median(seconds["naive"])
-    table: dict[str, dict[str, Any]] = {
-        name: {
-            "microseconds_a_token": round(1e6 * statistics.median(some), 2),
-            "against_naive": round(statistics.median(some) / plain, 4),
-            # Neighbours in time share what disturbs them, so their ratios spread less than the times.
-            "middle_half_of_ratios": [round(q, 4) for q in quartiles(some, seconds["naive"])],
-        }
-        for name, some in seconds.items()
+    # Neighbours in time share what disturbs them, so their ratios spread less than the times.
+    ratios = {
+        name: [t / naive for t, naive in zip(some, seconds["naive"], strict=True)] for name, some in seconds.items()
     }
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    facts = {"machine": {**machine, "threads": torch.get_num_threads()}, **vars(options), "methods": table}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps({**facts, "model": Path(options.model).name}, indent=1) + "\n", encoding="utf-8")
-    for name, row in table.items():
-        low, high = row["middle_half_of_ratios"]
-        print(f"{name:<12} {row['microseconds_a_token']:>9} us a token   x{row['against_naive']}   ({low} to {high})")  # noqa: T201
+    return {
+        name: {
+            "microseconds_a_token": round(1e6 * statistics.median(seconds[name]), 1),
+            "against_naive": round(statistics.median(some), 4),
+            "middle_half_of_ratios": [round(quartile, 4) for quartile in statistics.quantiles(some, n=4)[::2]],
+        }
+        for name, some in ratios.items()
+    }
 
 
 def parse() -> argparse.Namespace:
@@ -78,10 +96,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--general_data", required=True)
-    parser.add_argument("--max_seq_len", type=int, default=512)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=9)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--max_seq_len", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     return parser.parse_args()
 
@@ -95,13 +113,6 @@ def job(name: str, options: argparse.Namespace, folder: Path) -> Job:
     start = open_run(config)
     assert isinstance(start, Start)
     return build_job(start, Display(Console(stderr=True), log_every=100))
-
-
-def quartiles(times: list[float], plain: list[float]) -> tuple[float, float]:
-    """The first and third quartile of the ratios of neighbouring steps."""
-    ratios = [time / other for time, other in zip(times, plain, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return low, high
 
 
 if __name__ == "__main__":
