@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -816,3 +817,21 @@ def test_from_python(pretrained: Make, domain_text: Make, tmp_path: Path) -> Non
     trainer = seedbed.Trainer("continue", output=str(tmp_path / "again"), quiet=True, **options)
     assert trainer.train().metrics["domains"] == continued.metrics["domains"]
     assert isinstance(trainer.generate("def", max_new_tokens=3), str)
+
+
+# What is said of it
+
+
+def test_what_was_forgotten_is_said_with_what_to_change() -> None:
+    before, same = {"base": Figure(2.0, 1.0), "law": Figure(4.0, 2.0)}, {"law": Figure(3.0, 1.5)}
+    method = {"replay": 0.05, "learning_rate": 1e-3}
+    stage = Stage("law", "", "", method=method, before=before, after={"base": Figure(2.2, 1.1), **same})
+    [finding] = conclude.forgotten(stage)
+    assert (finding.name, finding.level) == ("forgetting", "warning")
+    assert "base costs 10.0% more bits per byte" in str(finding)
+    for remedy in ("--replay 0.25", "--interpolate --max_forgetting 0.02", "--learning_rate (it was 0.001)"):
+        assert remedy in finding.remedy
+    limited = {"replay": 0.25, "interpolate": 0.5, "learning_rate": 1e-3}
+    [finding] = conclude.forgotten(replace(stage, method=limited))
+    assert "--replay" not in finding.remedy and "--interpolate" not in finding.remedy
+    assert conclude.forgotten(replace(stage, after={"base": Figure(2.02, 1.01), **same})) == []

@@ -17,15 +17,20 @@ from torch import Tensor
 from seedbed.adapter import CONFIG_FILE as ADAPTER_FILE
 from seedbed.checkpoint import link_checkpoint, load_model, read_optimizer, read_state, save_checkpoint
 from seedbed.device import peak_memory_mb
+from seedbed.findings import Finding
 from seedbed.model.decoder import Decoder
 from seedbed.runs.history import Figure, Stage, read_history
 from seedbed.runs.lineage import forgetting
 from seedbed.text.tokenizer import Tokenizer
+from seedbed.train.announce import describe_findings
 from seedbed.train.job import Job, Validation
 from seedbed.train.measure import held_out_loss, measure
 from seedbed.train.memory import Memory, model_fingerprint
 from seedbed.train.progress import Display
 from seedbed.train.stopping import StopRequest
+
+NOTICEABLE = 0.02  # a rise of bits per byte by which a text is predicted visibly worse
+MUCH_REPLAY = 0.25  # what a strong shift of the text takes (Ibrahim et al., 2024)
 
 SHARES = tuple(tenth / 10 for tenth in range(11))
 """Shares of the new weights that are tried; 0 is the model as it was."""
@@ -54,6 +59,8 @@ class Conclusion:
             report(stage, display)
         link_checkpoint(best, best.with_name("final"), read_state(best))
         job.results.update(results(stage))
+        for finding in forgotten(stage):
+            job.run.event("finding", job.state.step, **finding.to_json())
         return True
 
     def _concluded(self, best: Path) -> Stage | None:
@@ -214,4 +221,28 @@ def report(stage: Stage, display: Display) -> None:
             f"  {domain:<{width}}  {before.bits_per_byte:.4f} -> {figure.bits_per_byte:.4f}  "
             f"({forgetting(before, figure):+.2%}, {what})"
         )
+    describe_findings(display, forgotten(stage))
     display.line(f"The whole chain: seedbed runs show {stage.run} --lineage")
+
+
+def forgotten(stage: Stage) -> list[Finding]:
+    """What became noticeably worse, and what holds more than was done; nothing where all is well."""
+    rises = {
+        domain: rise
+        for domain, figure in stage.after.items()
+        if domain != stage.domain and (rise := forgetting(stage.before[domain], figure)) > NOTICEABLE
+    }
+    if not rises:
+        return []
+    what = ", ".join(f"{domain} costs {rise:.1%} more bits per byte" for domain, rise in rises.items())
+    kind = "self_replay" if "self_replay" in stage.method else "replay"
+    share = float(stage.method.get(kind, 0))
+    advice = []
+    if "lora" not in stage.method and share < MUCH_REPLAY:
+        more = f"--{kind} {MUCH_REPLAY}"
+        advice.append(f"Replay more ({more}): the further the new text is from the old, the more it takes.")
+    if "interpolate" not in stage.method:
+        advice.append("Mix old and new weights within a limit (--interpolate --max_forgetting 0.02).")
+    advice.append(f"Lower --learning_rate (it was {stage.method['learning_rate']:g}).")
+    evidence = {"forgetting": rises, "method": dict(stage.method)}
+    return [Finding("forgetting", "warning", f"learning {stage.domain}, {what}", evidence, " ".join(advice))]
