@@ -56,19 +56,20 @@ METHODS: dict[str, str] = {
     "EWC": "--method ewc",
     "KL": "--method kl",
     "interpolation": "--method interpolate",
-    "replay 5 % + L2-SP": "--replay 0.05 --l2_sp 0.01",
+    "replay 5 % + L2-SP": "--replay 0.05 --l2_sp 0.02",
+    "replay 5 % + weak L2-SP": "--replay 0.05 --l2_sp 0.01",
     "replay 5 % + EWC": "--replay 0.05 --ewc 10",
     "self-replay + L2-SP": "--self_replay 0.1 --l2_sp 0.02",
-    "replay 25 % + L2-SP": "--replay 0.25 --l2_sp 0.01",
-    "replay 5 % + L2-SP, within 1 %": f"--replay 0.05 --l2_sp 0.01 {WITHIN}",
-    "replay 25 % + L2-SP, within 1 %": f"--replay 0.25 --l2_sp 0.01 {WITHIN}",
+    "replay 25 % + weak L2-SP": "--replay 0.25 --l2_sp 0.01",
+    "replay 5 % + weak L2-SP, within 1 %": f"--replay 0.05 --l2_sp 0.01 {WITHIN}",
+    "replay 25 % + weak L2-SP, within 1 %": f"--replay 0.25 --l2_sp 0.01 {WITHIN}",
     "LoRA": "--method naive --lora",
     "last blocks": "--method naive --last_blocks {half}",
 }
 """The parts, alone and together. Those without `replay` use no stored text of what the model knew."""
 
-LIMITED = ("replay 5 % + L2-SP, within 1 %", "replay 25 % + L2-SP, within 1 %")
-CHAINED = ("naive", "replay 5 % + L2-SP", "replay 25 % + L2-SP", "self-replay + L2-SP", *LIMITED)
+LIMITED = ("replay 5 % + weak L2-SP, within 1 %", "replay 25 % + weak L2-SP, within 1 %")
+CHAINED = ("naive", "replay 5 % + weak L2-SP", "replay 25 % + weak L2-SP", "self-replay + L2-SP", *LIMITED)
 """Methods that also learn all domains, one after the other."""
 
 
@@ -306,6 +307,10 @@ def tables(results: dict[str, Any]) -> str:
             parts.append(method_table(results, name, order[0]))
         parts.append("One domain after the other (bits per byte on test text, change against its best before):")
         parts.append(chain_table(results, name))
+    flags = (f"| {method} | `{given}` |" for method, given in METHODS.items())
+    parts.append("### The methods\n\n" + "\n".join(["| method | flags |", "|---|---|", *flags]))
+    shared = (f"| {name} | `{setting.flags}` |" for name, setting in SETTINGS.items())
+    parts.append("\n".join(["| model | flags that all its runs share |", "|---|---|", *shared]))
     return "\n\n".join(parts)
 
 

@@ -98,7 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--general_data", required=True)
     parser.add_argument("--max_seq_len", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     return parser.parse_args()
@@ -107,7 +107,9 @@ def parse() -> argparse.Namespace:
 def job(name: str, options: argparse.Namespace, folder: Path) -> Job:
     """A run of one method, ready for its first update."""
     given = {"model": options.model, "data": options.data, "general_data": options.general_data, "domain": "new"}
-    sizes = {"max_seq_len": options.max_seq_len, "batch_size": options.batch_size, "tensorboard": False}
+    given |= {"tensorboard": False}
+    steps = options.warmup + options.steps
+    sizes = {"max_seq_len": options.max_seq_len, "batch_size": options.batch_size, "max_steps": steps}
     output = {"output": str(folder / name)}
     config = resolve("continue", [Layer("the benchmark", {**given, **sizes, **output, **METHODS[name]})])
     start = open_run(config)

@@ -8,7 +8,7 @@ from seedbed.config import STRENGTHS, Config
 from seedbed.errors import ConfigError
 from seedbed.train.memory import Memory, run_of, trained_with
 
-WITH_STORED_TEXT: dict[str, float | bool] = {"replay": 0.05, "l2_sp": 0.01}
+WITH_STORED_TEXT: dict[str, float | bool] = {"replay": 0.05, "l2_sp": 0.02}
 WITHOUT_STORED_TEXT: dict[str, float | bool] = {"self_replay": 0.1, "l2_sp": 0.02}
 
 
