@@ -153,7 +153,7 @@ class KeepOptions(Section):
         None, description="The same, each weight by what it means to held-out text of what the model knew (EWC). [10]"
     )
     kl: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="Strength of a pull towards the old model's predictions; about half as slow again. [0.3]"
+        None, description="Strength of a pull towards the old model's predictions; takes half as long again. [0.3]"
     )
     interpolate: bool | None = Field(
         None, description="Mix old and new weights at the end, as held-out text of both says is best (WiSE-FT)."
