@@ -509,7 +509,8 @@ def test_rolling_back_ends_within_the_limit(keep_it: RunIt, tmp_path: Path) -> N
     assert rises(tmp_path / "run")[BASE] <= 0.05
     assert rises(tmp_path / "run")["code"] < 0
     assert weights(best(tmp_path / "run")) == weights(tmp_path / "run/checkpoints/final")
-    [event] = events(tmp_path / "run")
+    event = events(tmp_path / "run")[0]
+    assert event["event"] == "forgetting"
     assert (event["event"], event["limit"], list(event["beyond"])) == ("forgetting", 0.05, [BASE])
     assert "Alarm: base is" in log.getvalue()
 
@@ -575,7 +576,8 @@ def test_a_warning_changes_nothing(keep_it: RunIt, naive: Path, tmp_path: Path) 
     assert (outcome.summary["status"], outcome.summary["steps"]) == ("done", 20)
     assert weights(best(tmp_path / "run")) == weights(best(naive))
     assert outcome.summary["best_step"] == 20
-    assert [event["event"] for event in events(tmp_path / "run")] == ["forgetting"]
+    # The alarm at the validation, and at the end what to change.
+    assert [event["event"] for event in events(tmp_path / "run")] == ["forgetting", "finding"]
 
 
 def test_a_warning_at_the_end_of_patience(keep_it: RunIt, tmp_path: Path) -> None:
