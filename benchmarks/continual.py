@@ -16,13 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import re
-import shlex
 import shutil
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -32,6 +27,7 @@ from typing import Any
 import torch
 
 import seedbed
+from commands import command, machine, put_between
 from seedbed.data import open_source
 from seedbed.data.store import digest
 
@@ -254,30 +250,6 @@ def measured(model: Path, texts: dict[str, dict[str, Path]]) -> dict[str, dict[s
     return {name: {"loss": f.nats_per_token, "bits_per_byte": f.bits_per_byte} for name, f in figures.items()}
 
 
-def command(words: str) -> dict[str, Any]:
-    """Run one command and read what it prints as JSON."""
-    sys.stderr.write(f"seedbed {words}\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "seedbed", *shlex.split(words), "--json"], capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    facts: dict[str, Any] = json.loads(done.stdout)
-    return facts
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
-    return {
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def keep(results: dict[str, Any]) -> None:
     """Save after every run, beside what another process has saved meanwhile."""
     if RESULTS.exists():
@@ -290,9 +262,7 @@ def keep(results: dict[str, Any]) -> None:
 
 def write_page(results: dict[str, Any]) -> None:
     """Put the tables between their marks."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{tables(results)}\n{END}{after}", encoding="utf-8")
+    put_between(PAGE, BEGIN, tables(results), END)
 
 
 def tables(results: dict[str, Any]) -> str:

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
+from commands import machine
 from seedbed.config import Layer, resolve
 from seedbed.train.build import build_job
 from seedbed.train.job import Job
@@ -52,8 +50,7 @@ def main() -> None:
     table: dict[str, dict[str, Any]] = {}
     for first in range(0, len(others), AT_ONCE):
         table |= in_turns(["naive", *others[first : first + AT_ONCE]], options)
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    facts = {"machine": {**machine, "threads": torch.get_num_threads()}, **vars(options), "by_method": table}
+    facts = {"machine": machine(), **vars(options), "by_method": table}
     facts |= {"model": Path(options.model).name, "data": Path(options.data).name}
     facts |= {"general_data": Path(options.general_data).name}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)

@@ -14,19 +14,17 @@ import argparse
 import json
 import math
 import os
-import platform
-import re
 import shlex
 import shutil
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from commands import command, machine, put_between
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/instruction_tuning.json"
@@ -91,9 +89,7 @@ def main() -> None:
         for job in as_completed(jobs):
             results["runs"][jobs[job]] = job.result()
             keep(results)
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{tables(results)}\n{END}{after}", encoding="utf-8")
+    put_between(PAGE, BEGIN, tables(results), END)
 
 
 def parse() -> argparse.Namespace:
@@ -123,7 +119,7 @@ def train(name: str, model: str, files: dict[str, Path], output: Path) -> dict[s
     """One run, and how its best weights do on the test rows."""
     run = output / name
     where = f"--model {model} --data {files['train']} --val_data {files['validation']} --output {run}"
-    facts = seedbed(f"finetune {where} {COMMON} {RUNS[name]}")
+    facts = command(f"finetune {where} {COMMON} {RUNS[name]}")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = ("best_val_loss", "best_val_ppl", "best_step", "steps", "hours", "peak_memory_mb", "trainable_parameters")
     result = {
@@ -144,7 +140,7 @@ def held_out(model: str, files: dict[str, Path]) -> dict[str, Any]:
     result = {}
     for part in ("validation", "test"):
         template = "--chat_template chatml --max_seq_len 256"
-        facts = seedbed(f"evaluate --model {model} --data {files[part]} {template}")
+        facts = command(f"evaluate --model {model} --data {files[part]} {template}")
         result[part] = facts["nats_per_token"]
     return result
 
@@ -152,31 +148,8 @@ def held_out(model: str, files: dict[str, Path]) -> dict[str, Any]:
 def answers(model: str) -> list[str]:
     """What the model answers, always taking the likeliest token."""
     prompts = " ".join(f"--prompt {shlex.quote(question)}" for question in QUESTIONS)
-    facts = seedbed(f"generate --model {model} --chat --greedy --max_new_tokens 80 {prompts}")
+    facts = command(f"generate --model {model} --chat --greedy --max_new_tokens 80 {prompts}")
     return [completion["text"] for completion in facts["completions"]]
-
-
-def seedbed(words: str) -> dict[str, Any]:
-    """Run one command and read what it prints as JSON."""
-    sys.stderr.write(f"seedbed {words}\n")
-    command = [sys.executable, "-m", "seedbed", *shlex.split(words), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    facts: dict[str, Any] = json.loads(done.stdout)
-    return facts
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
-    return {
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def keep(results: dict[str, Any]) -> None:

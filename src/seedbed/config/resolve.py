@@ -318,7 +318,7 @@ def _contradictions_of_keeping(config: Config, say: Callable[[str], str]) -> Ite
     if parts == ["naive"] and given:
         yield f"{say('method')} contradicts {', '.join(say(name) for name in given)}; leave one of them out"
     off = [part for part in parts if part in STRENGTHS and getattr(keeping, part) in (0, False)]
-    if off and parts:
+    if off:
         yield f"{say('method')} contradicts {', '.join(say(name) for name in off)}; leave one of them out"
     if (keeping.replay or 0) + (keeping.self_replay or 0) >= 1:
         yield f"{say('replay')} and {say('self_replay')} leave nothing for the new text; lower them"

@@ -56,11 +56,12 @@ class Conclusion:
             stage = self._conclude(job, display, request)
             if stage is None:
                 return False
-            report(stage, display)
+            findings = forgotten(stage)
+            report(stage, findings, display)
+            for finding in findings:
+                job.run.event("finding", job.state.step, **finding.to_json())
         link_checkpoint(best, best.with_name("final"), read_state(best))
         job.results.update(results(stage))
-        for finding in forgotten(stage):
-            job.run.event("finding", job.state.step, **finding.to_json())
         return True
 
     def _concluded(self, best: Path) -> Stage | None:
@@ -208,8 +209,8 @@ def results(stage: Stage) -> dict[str, object]:
     return {"domain": stage.domain, "method": dict(stage.method), "why": stage.why, "domains": domains}
 
 
-def report(stage: Stage, display: Display) -> None:
-    """One line a domain: what its held-out text cost before and costs now."""
+def report(stage: Stage, findings: list[Finding], display: Display) -> None:
+    """One line a domain: what its held-out text cost before and costs now; then what was noticed."""
     display.line()
     display.line("Held-out text, bits per byte before and after:")
     width = max(map(len, stage.after), default=0)
@@ -221,7 +222,7 @@ def report(stage: Stage, display: Display) -> None:
             f"  {domain:<{width}}  {before.bits_per_byte:.4f} -> {figure.bits_per_byte:.4f}  "
             f"({forgetting(before, figure):+.2%}, {what})"
         )
-    describe_findings(display, forgotten(stage))
+    describe_findings(display, findings)
     display.line(f"The whole chain: seedbed runs show {stage.run} --lineage")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from seedbed.config import TrainingOptions
 from seedbed.data.rows import Rows
 from seedbed.device import Precision, autocast
+from seedbed.evaluate import evaluation_mode
 from seedbed.loss import token_losses
 from seedbed.model.decoder import Decoder
 from seedbed.runs.history import Figure
@@ -66,19 +67,17 @@ def measure(
     return figures
 
 
-@torch.inference_mode()
 def held_out_loss(job: Measured, rows: Rows, request: StopRequest, display: Display) -> float | None:
     """Nats per target over all `rows`, without dropout; None when a signal came in between."""
     total = 0.0
-    was_training = job.model.training
-    job.model.eval()
-    for batch in display.watch_validation(batches_of(rows, 0, 0, len(rows), job.training.batch_size), len(rows)):
-        if request.signal is not None:
-            break
-        batch = batch.to(job.device)
-        with autocast(job.device, job.precision):
-            hidden = job.forward(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
-            losses = token_losses(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
-        total += float(losses.double().sum())
-    job.model.train(was_training)
+    batches = batches_of(rows, 0, 0, len(rows), job.training.batch_size)
+    with evaluation_mode(job.model):
+        for batch in display.watch_validation(batches, len(rows)):
+            if request.signal is not None:
+                break
+            batch = batch.to(job.device)
+            with autocast(job.device, job.precision):
+                hidden = job.forward(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
+                losses = token_losses(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
+            total += float(losses.double().sum())
     return None if request.signal is not None else total / rows.num_targets
