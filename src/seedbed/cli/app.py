@@ -11,8 +11,9 @@ from seedbed import __version__
 from seedbed.cli.convert import export, import_model
 from seedbed.cli.inspect import data, tokenizer, verify
 from seedbed.cli.models import chat, evaluate, generate
+from seedbed.cli.plan import plan
 from seedbed.cli.runs import runs
-from seedbed.cli.training import continue_, demo, finetune, plan, pretrain
+from seedbed.cli.training import continue_, demo, finetune, pretrain
 from seedbed.errors import SeedbedError
 
 

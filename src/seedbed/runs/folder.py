@@ -142,11 +142,31 @@ def read_summary(path: Path) -> dict[str, Any]:
     return {}
 
 
+def update_summary(path: Path, **changes: Any) -> dict[str, Any]:
+    """Change entries of the summary of the run at `path`, which nobody else may be writing; returns the whole of it.
+
+    Raises:
+        RunInUseError: the run is being trained.
+        StorageError: it cannot be written.
+    """
+    run = RunFolder(path)
+    try:
+        summary = {**read_summary(path), **changes}
+        run.write_summary(summary)
+    except OSError as error:
+        raise StorageError(f"{path}/metrics.json cannot be written ({error.strerror})") from None
+    finally:
+        run.close()
+    return summary
+
+
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a `.jsonl` file; a half-written last line is passed over."""
+    """The records of a `.jsonl` file; a half-written last line, and lines that are no record, are passed over."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            if line.endswith("\n"):
-                yield json.loads(line)
+            with contextlib.suppress(ValueError):
+                record = json.loads(line) if line.endswith("\n") else None
+                if isinstance(record, dict):
+                    yield record
