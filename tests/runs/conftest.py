@@ -36,7 +36,7 @@ TINY: dict[str, Any] = {
     "tensorboard": False,
 }
 
-TIMINGS = ("elapsed_hours", "remaining_hours", "tokens_per_second", "memory_mb")
+TIMINGS = ("elapsed_hours", "remaining_hours", "tokens_per_second", "data_share", "memory_mb")
 
 
 class StoppingDisplay(Display):

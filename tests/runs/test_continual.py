@@ -504,7 +504,7 @@ def test_rolling_back_ends_within_the_limit(keep_it: RunIt, tmp_path: Path) -> N
     log = io.StringIO()
     outcome = keep_it(tmp_path / "run", log=log, **options)
     assert outcome.summary["status"] == "early_stopped"
-    assert "--max_forgetting 0.05 was exceeded" in outcome.summary["notes"]
+    assert "--max_forgetting 0.05 was exceeded" in outcome.summary["reason"]
     assert 0 < outcome.summary["best_step"] < outcome.summary["steps"]
     assert rises(tmp_path / "run")[BASE] <= 0.05
     assert rises(tmp_path / "run")["code"] < 0
@@ -560,7 +560,7 @@ def test_stopping_at_the_alarm_keeps_the_weights_at_hand(keep_it: RunIt, tmp_pat
     outcome = keep_it(tmp_path / "run", **options)
     steps = outcome.summary["steps"]
     assert outcome.summary["status"] == "early_stopped"
-    assert "--max_forgetting" in outcome.summary["notes"]
+    assert "--max_forgetting" in outcome.summary["reason"]
     assert 0 < steps < 20
     assert rises(tmp_path / "run")[BASE] > 0.02
     assert outcome.summary["best_step"] == steps

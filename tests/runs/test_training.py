@@ -118,7 +118,7 @@ def test_the_run_folder(run_it: RunIt, tmp_path: Path) -> None:
     steps = [record["step"] for record in records if "train_loss" in record]
     assert steps == list(range(1, summary["steps"] + 1))
     train = {"step", "epoch", "tokens", "elapsed_hours", "train_loss", "train_ppl", "lr", "grad_norm"}
-    assert train | {"tokens_per_second", "memory_mb", "remaining_hours"} == set(records[0])
+    assert train | {"tokens_per_second", "data_share", "memory_mb", "remaining_hours"} == set(records[0])
     validations = [record for record in records if "val_loss" in record]
     assert validations[-1]["step"] == summary["steps"]
     assert min(record["val_loss"] for record in validations) == summary["best_val_loss"]

@@ -22,7 +22,7 @@ LAYERS = [
     {"runs", "text", "schedule"},
     {"sampling", "loss", "optim", "device", "data", "model", "lora", "lowbit", "freeze"},
     {"checkpoint", "evaluate", "generate", "adapter", "export"},
-    {"train"},
+    {"train", "judge", "sweep"},
     {"api"},
     {"cli"},
     {"__main__"},

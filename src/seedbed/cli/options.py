@@ -9,7 +9,7 @@ from typing import Any
 import click
 from pydantic.fields import FieldInfo
 
-from seedbed.config import FLAGS, REGIMES, Layer, Section, read_config_file
+from seedbed.config import FLAGS, REGIMES, Layer, Section, option_names, read_config_file, read_run_options
 from seedbed.errors import ConfigError, did_you_mean
 
 SETTINGS = {
@@ -68,12 +68,21 @@ class Verb(click.Command):
                 formatter.write_dl(records)
 
 
-def layers(ctx: click.Context, names: Iterable[str], config: str | None = None) -> list[Layer]:
-    """The file's layer, if any, and the flags' layer, unknown flags among them."""
-    flags = given(ctx, names)
+config_option = click.option(
+    "--config", metavar="FILE.yaml|PRESET", help="Values under the same names as the flags; flags win."
+)
+from_option = click.option(
+    "--from", "from_run", metavar="RUN", help="Begin with the options of another run, its parent; file and flags win."
+)
+
+
+def layers(ctx: click.Context, regime: str) -> list[Layer]:
+    """Weakest first: another run's options, the file's, the flags', unknown flags among them."""
+    flags = given(ctx, option_names(regime))
     flags.update(dict.fromkeys(unknown_flags(ctx), ""))
-    file = [read_config_file(config)] if config else []
-    return [*file, Layer(FLAGS, flags)]
+    run = [read_run_options(regime, ctx.params["from_run"])] if ctx.params.get("from_run") else []
+    file = [read_config_file(ctx.params["config"])] if ctx.params.get("config") else []
+    return [*run, *file, Layer(FLAGS, flags)]
 
 
 def given(ctx: click.Context, names: Iterable[str]) -> dict[str, Any]:

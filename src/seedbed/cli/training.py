@@ -11,13 +11,12 @@ import click
 from rich.console import Console
 
 from seedbed.cli.console import json_option, make_console, print_json
-from seedbed.cli.options import Verb, layers, sections
+from seedbed.cli.options import Verb, config_option, from_option, layers, sections
 from seedbed.config import (
     REGIME_SECTIONS,
     Config,
     Layer,
     SamplingOptions,
-    option_names,
     read_config_file,
     resolve,
 )
@@ -26,10 +25,6 @@ from seedbed.errors import ConfigError
 FINETUNING = ("finetune", "lora")
 CONTINUING = ("continue", "continue-lora")
 
-config_option = click.option(
-    "--config", metavar="FILE.yaml|PRESET", help="Values under the same names as the flags; flags win."
-)
-
 
 @click.command(
     cls=Verb,
@@ -37,12 +32,13 @@ config_option = click.option(
     "The same command again goes on with an unfinished run.",
 )
 @config_option
+@from_option
 @json_option
 @sections(*REGIME_SECTIONS["scratch"])
 @click.pass_context
-def pretrain(ctx: click.Context, /, config: str | None, as_json: bool, **_flags: Any) -> int:
+def pretrain(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
     """Train a language model from scratch."""
-    resolved = resolve("scratch", layers(ctx, option_names("scratch"), config))
+    resolved = resolve("scratch", layers(ctx, "scratch"))
     return _train(resolved, make_console(as_json), as_json)
 
 
@@ -52,12 +48,13 @@ def pretrain(ctx: click.Context, /, config: str | None, as_json: bool, **_flags:
     "seedbed finetune --model gpt2 --data book.txt. The same command again goes on with an unfinished run.",
 )
 @config_option
+@from_option
 @json_option
 @sections(*REGIME_SECTIONS["finetune"], regimes=FINETUNING)
 @click.pass_context
-def finetune(ctx: click.Context, /, config: str | None, as_json: bool, **_flags: Any) -> int:
+def finetune(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
     """Adapt a pretrained model to your text or your instructions: whole, in part, or with LoRA."""
-    resolved = resolve("finetune", layers(ctx, option_names("finetune"), config))
+    resolved = resolve("finetune", layers(ctx, "finetune"))
     return _train(resolved, make_console(as_json), as_json)
 
 
@@ -69,16 +66,17 @@ def finetune(ctx: click.Context, /, config: str | None, as_json: bool, **_flags:
     "`seedbed runs show RUN --lineage` draws what was learnt and what was forgotten.",
 )
 @config_option
+@from_option
 @json_option
 @sections(*REGIME_SECTIONS["continue"], regimes=CONTINUING)
 @click.pass_context
-def continue_(ctx: click.Context, /, config: str | None, as_json: bool, **_flags: Any) -> int:
+def continue_(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
     """Add a domain to a model while measuring, and holding, what it knew.
 
     The model's folder remembers its domains: held-out text of each, some training text to replay, all figures. With
     --rollback_to and no --data, the model as it was after that domain is copied to --output.
     """
-    resolved = resolve("continue", layers(ctx, option_names("continue"), config))
+    resolved = resolve("continue", layers(ctx, "continue"))
     console = make_console(as_json)
     if resolved.keeping.rollback_to and resolved.data.data is None and not resolved.watching.resume_from:
         return _roll_back(resolved, as_json)
@@ -108,7 +106,7 @@ def _roll_back(config: Config, as_json: bool) -> int:
 def demo(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
     """The tour: train on the documentation inside your own Python, evaluate, generate. About two minutes."""
     output = Layer("preset demo", {"output": "runs/demo"})
-    resolved = resolve("scratch", [read_config_file("demo"), output, *layers(ctx, option_names("scratch"))])
+    resolved = resolve("scratch", [read_config_file("demo"), output, *layers(ctx, "scratch")])
     console = make_console(as_json)
     if code := _train(resolved, console, as_json):
         return code

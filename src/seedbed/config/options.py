@@ -8,10 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _whole(value: Any) -> Any:
+    """Large numbers may be written as 2e6."""
+    if isinstance(value, str | float):
+        try:
+            return int(float(value)) if float(value).is_integer() else value
+        except (ValueError, OverflowError):
+            return value
+    return value
+
 
 Arch = Literal["gpt2", "llama", "qwen2", "qwen3"]
 Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -179,6 +191,9 @@ class TrainingOptions(Section):
 
     epochs: Positive = Field(description="Passes over the training text.")
     max_steps: Positive | None = Field(None, description="Stop after this many steps, whatever --epochs says.")
+    max_tokens: Count | None = Field(
+        None, description="Stop once about this many tokens are learnt, whatever --epochs says; 2e6 is two million."
+    )
     max_training_hours: Annotated[float, Field(gt=0)] = Field(
         12.0, description="Save and stop when the hours run out, earlier sittings counted; exit code 75."
     )
@@ -227,6 +242,11 @@ class WatchOptions(Section):
         description="Newest step and epoch checkpoints kept of each kind; best and final always stay; 0 keeps all.",
     )
     output: str | None = Field(None, description="Run folder; by default runs/ and a name from the data and model.")
+    stop_at_step: Positive | None = Field(
+        None,
+        description="Save and stop at this step, exit code 75; the schedule stays that of the whole run, and the same "
+        "command without it goes on.",
+    )
     resume: bool = Field(True, description="Go on with an unfinished run in the same folder.")
     resume_from: str | None = Field(None, description="Go on from this checkpoint folder.")
     tensorboard: bool = Field(True, description="Write TensorBoard files into the run folder.")
@@ -328,6 +348,7 @@ FREE_TO_CHANGE = frozenset(
     [
         "max_training_hours",
         "log_every",
+        "stop_at_step",
         "keep_checkpoints",
         "output",
         "resume",

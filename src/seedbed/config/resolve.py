@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +40,10 @@ DOING = {
     "continue-lora": "continuing",
 }
 WITH_LORA = {"finetune": "lora", "continue": "continue-lora"}
+FOUND_OUT = ("model ", "this machine", "--method ", "half the peak of ", "the peak of ")
+"""How the sources of values begin that the program worked out for one run."""
+OF_ONE_RUN = ("output", "resume_from", "resume", "stop_at_step")
+"""Options that no other run inherits."""
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -51,6 +55,8 @@ class Layer:
     values: Mapping[str, Any]
     origins: Mapping[str, str] = field(default_factory=dict)
     """Where values that were not chosen in this place came from, as a run's `config.yaml` remembers."""
+    run: str | None = None
+    """The run whose options these are."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ class Config:
     training: TrainingOptions
     watching: WatchOptions
     sources: Mapping[str, str]
+    parent: str | None = None
+    """The run whose options this one began with."""
 
     @property
     def with_lora(self) -> bool:
@@ -84,7 +92,8 @@ class Config:
 
     def update(self, source: str, **values: Any) -> Config:
         """A copy with some values replaced, once the program has found them out."""
-        return _build(self.regime, {**self.values(), **values}, {**self.sources, **dict.fromkeys(values, source)})
+        sources = {**self.sources, **dict.fromkeys(values, source)}
+        return replace(_build(self.regime, {**self.values(), **values}, sources), parent=self.parent)
 
     def is_given(self, name: str) -> bool:
         """Whether the user chose this value, by a flag or in a file."""
@@ -93,7 +102,7 @@ class Config:
     def adopt(self, values: Mapping[str, Any], sources: Mapping[str, str]) -> Config:
         """A copy with `values` and where they once came from, such as those a run was begun with."""
         kept = {name: sources.get(name, "default") for name in values}
-        return _build(self.regime, {**self.values(), **values}, {**self.sources, **kept})
+        return replace(_build(self.regime, {**self.values(), **values}, {**self.sources, **kept}), parent=self.parent)
 
     def to_yaml(self) -> str:
         """The text of `config.yaml`: flat values, readable by `--config`, then their sources."""
@@ -121,7 +130,8 @@ def resolve(regime: str, layers: Sequence[Layer]) -> Config:
     config = _build(regime, values, sources, problems)
     if contradictions := [*problems, *_contradictions(config)]:
         raise ConfigError(contradictions)
-    return config
+    parents = [layer.run for layer in layers if layer.run]
+    return replace(config, parent=parents[-1]) if parents else config
 
 
 def read_config_file(name: str) -> Layer:
@@ -136,16 +146,50 @@ def read_config_file(name: str) -> Layer:
             return Layer(f"preset {name}", read_preset(name))
         known = ", ".join(preset_names())
         raise ConfigError(f"--config {name}: no such file, and no preset of that name. Presets: {known}.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {name}: not readable as YAML: {error}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"--config {name}: expected lines such as `learning_rate: 0.0003`.")
+    values = read_yaml(path, f"--config {name}")
     sources = values.pop("sources", {})
     values.pop("regime", None)
     origins = {key: place for key, place in sources.items() if place.startswith(NOT_CHOSEN)}
     return Layer(name, {key.replace("-", "_"): value for key, value in values.items()}, origins)
+
+
+def read_run_options(regime: str, run: str) -> Layer:
+    """What was chosen for another run, to begin one of `regime` with; its defaults follow from what is chosen now.
+
+    Raises:
+        ConfigError: no such run, or one of another kind.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"--from {run}: holds no run (there is no config.yaml); expected a folder such as runs/NAME")
+    saved = read_yaml(path, f"--from {run}")
+    kind, sources = str(saved.pop("regime", regime)), saved.pop("sources", {})
+    if kind not in (regime, WITH_LORA.get(regime)):
+        raise ConfigError(
+            f"--from {run} is a run of {DOING.get(kind, kind)} and this command means {DOING[regime]}; "
+            "name a run of this kind, or give its options one by one"
+        )
+    chosen = {
+        name: value
+        for name, value in saved.items()
+        if name not in OF_ONE_RUN and not str(sources.get(name, "default")).startswith((*NOT_CHOSEN, *FOUND_OUT))
+    }
+    return Layer(str(path), chosen, run=str(Path(run)))
+
+
+def read_yaml(path: Path, name: str) -> dict[str, Any]:
+    """The mapping of names to values in a YAML file, which messages call `name`.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{name}: not readable as YAML: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{name}: expected lines such as `learning_rate: 0.0003`.")
+    return values
 
 
 def read_section(section: type[S], values: Mapping[str, Any], source: str) -> S:

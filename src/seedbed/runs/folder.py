@@ -23,6 +23,7 @@ except ImportError:  # Windows has no advisory locks of this kind
     fcntl = None  # type: ignore[assignment]
 
 FINISHED = ("done", "early_stopped")
+RECORD_FILES = ("metrics.jsonl", "samples.jsonl", "events.jsonl")
 
 
 class RunFolder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from seedbed.config import Config, KeepOptions
+from seedbed.config import Config, KeepOptions, TrainingOptions
 from seedbed.data import WholeRows
 from seedbed.device import describe, pick_device
 from seedbed.findings import Finding
@@ -48,12 +48,21 @@ def banner(display: Display, config: Config, texts: Texts, run: Path) -> None:
             "Batch size": training.batch_size,
             "Gradient accumulation": training.grad_accumulation,
             "Learning rate": f"{training.learning_rate:g}",
-            "Epochs": training.epochs if training.max_steps is None else f"until step {training.max_steps}",
+            **how_long(training),
             "Warmup steps": warmup,
             "Early stopping patience": config.watching.early_stopping_patience or "off",
             "Run folder": run,
         },
     )
+
+
+def how_long(training: TrainingOptions) -> dict[str, object]:
+    """The limit that was set, or the epochs."""
+    if training.max_steps is not None:
+        return {"Epochs": f"until step {training.max_steps:,}"}
+    if training.max_tokens is not None:
+        return {"Epochs": f"until {training.max_tokens:,} tokens"}
+    return {"Epochs": training.epochs}
 
 
 def ways_of_keeping(keeping: KeepOptions) -> str:

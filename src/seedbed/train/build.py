@@ -12,12 +12,15 @@ import torch
 
 from seedbed.checkpoint import read_optimizer, read_state
 from seedbed.config import Config
+from seedbed.data import WholeRows
 from seedbed.data.conversations import from_document
 from seedbed.device import pick_device, pick_precision
 from seedbed.errors import ConfigError
 from seedbed.findings import sift
+from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder
 from seedbed.optim import build_optimizer, load_optimizer_tensors
+from seedbed.runs.folder import RECORD_FILES
 from seedbed.text.template import Template
 from seedbed.train.announce import describe_corpus, describe_findings, describe_model, describe_schedule
 from seedbed.train.board import Board
@@ -26,7 +29,8 @@ from seedbed.train.corpus import keep_tokenizer
 from seedbed.train.finetune import from_pretrained_weights, hold_frozen
 from seedbed.train.ingredients import Ingredients
 from seedbed.train.job import Job, Prompt
-from seedbed.train.plan import length, look_ahead, make_schedule, require_known_findings
+from seedbed.train.length import length, make_schedule, steps_per_epoch
+from seedbed.train.plan import look_ahead, require_known_findings
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
 from seedbed.train.scratch import from_random_weights
@@ -43,7 +47,9 @@ def build_job(start: Start, display: Display) -> Job:
     run, checkpoint = start.run, start.checkpoint
     device = pick_device(start.config.training.device)
     precision = pick_precision(start.config.training.precision, device)
-    config = start.config.update("this machine", precision=precision)
+    config = start.config
+    if config.training.precision == "auto":
+        config = config.update("this machine", precision=precision)
     made = gatherer(config)(start, config, display)
     config, corpus, training, watching = made.config, made.corpus, made.config.training, made.config.watching
     sample = sample_prompt(made)
@@ -58,20 +64,24 @@ def build_job(start: Start, display: Display) -> Job:
     optimizer = build_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     state = restore(checkpoint, model, optimizer, scaler)
-    epochs, total_steps = length(config, len(made.rows))
+    epochs, total_steps = length(config, made.rows)
     schedule = make_schedule(training, total_steps)
     describe_corpus(display, corpus, made.texts)
     describe_model(display, model)
     describe_schedule(display, schedule)
     positions = None if config.regime == "scratch" else model.config.max_seq_len
     findings = look_ahead(config, made.texts, corpus, schedule, positions)
-    describe_findings(display, sift(findings, strict=watching.strict, allow=watching.allow))
+    findings = sift(findings, strict=watching.strict, allow=watching.allow)
+    describe_findings(display, findings)
     display.line()
     display.line("Starting training...")
 
-    run.truncate(state.records or {"metrics.jsonl": 0, "samples.jsonl": 0})
+    run.truncate(state.records or dict.fromkeys(RECORD_FILES, 0))
     keep_tokenizer(made.tokenizer, run.path)
     run.write_config(config.to_yaml())
+    if checkpoint is None:
+        for finding in findings:
+            run.event("guardrail", 0, **finding.to_json())
     return Job(
         model=model,
         forward=forward,
@@ -90,10 +100,38 @@ def build_job(start: Start, display: Display) -> Job:
         state=state,
         epochs=epochs,
         total_steps=total_steps,
-        parent=start.parent or (None if config.regime == "scratch" else config.model.model),
+        parent=start.config.parent or start.parent or (None if config.regime == "scratch" else config.model.model),
         sample=sample,
         keeping=made.keeping,
+        facts={"shape": facts_of_shape(model.config), "text": facts_of_text(made)},
     )
+
+
+def facts_of_shape(shape: DecoderConfig) -> dict[str, Any]:
+    """The sizes of a decoder that tables and diagnoses name."""
+    names = ("family", "vocab_size", "d_model", "num_layers", "num_heads", "max_seq_len")
+    return {name: getattr(shape, name) for name in names}
+
+
+def facts_of_text(made: Ingredients) -> dict[str, Any]:
+    """How much text there is, and what became of it in rows."""
+    corpus, rows, held = made.corpus, made.rows, made.corpus.validation
+    whole = corpus.rows if isinstance(corpus.rows, WholeRows) else None
+    return {
+        "conversations": made.texts.are_conversations,
+        "train_documents": corpus.num_documents,
+        "train_bytes": corpus.num_bytes,
+        "train_rows": len(rows),
+        "tokens_per_epoch": rows.num_targets,
+        "steps_per_epoch": steps_per_epoch(made.config.training, rows),
+        "padding": round(whole.padding, 4) if whole else 0.0,
+        "truncated_documents": whole.truncated_documents if whole else 0,
+        "truncated_tokens": whole.truncated_tokens if whole else 0,
+        "longest": corpus.longest,
+        "val_documents": held.num_documents if held else 0,
+        "val_bytes": held.num_bytes if held else 0,
+        "val_tokens": held.rows.num_targets if held else 0,
+    }
 
 
 def gatherer(config: Config) -> Callable[[Start, Config, Display], Ingredients]:

@@ -153,7 +153,7 @@ def _epochs(facts: Facts) -> Iterator[Finding]:
     limit = MANY_EPOCHS_OF_FEW if few and not patience else MANY_EPOCHS
     if epochs <= limit:
         return
-    name = "max_steps" if config.training.max_steps and config.training.max_steps == facts.total_steps else "epochs"
+    name = _limit(facts)
     data = f"{facts.documents:,} examples" if few else "the same examples"
     stopping = f"on, after {patience} epochs without progress" if patience else "off"
     yield Finding(
@@ -171,7 +171,7 @@ def _epochs(facts: Facts) -> Iterator[Finding]:
 def _few_steps(facts: Facts) -> Iterator[Finding]:
     training, steps = facts.config.training, facts.total_steps
     enough = FEW_STEPS if facts.config.regime == "scratch" else RATHER_FEW_STEPS
-    if steps is None or steps >= enough or (training.max_steps or 0) == steps:
+    if steps is None or steps >= enough or _limit(facts) != "epochs":
         return
     rows = training.batch_size * training.grad_accumulation
     yield Finding(
@@ -282,9 +282,18 @@ def _planned_epochs(facts: Facts) -> float | None:
     training = facts.config.training
     if facts.total_steps and facts.steps_per_epoch:
         return facts.total_steps / facts.steps_per_epoch
-    if training.max_steps or training.lr_schedule == "cosine_time":
+    if training.max_steps or training.max_tokens or training.lr_schedule == "cosine_time":
         return None
     return float(training.epochs)
+
+
+def _limit(facts: Facts) -> str:
+    """The option that says how long the run is."""
+    training, steps = facts.config.training, facts.total_steps
+    if training.max_steps is not None and training.max_steps == steps:
+        return "max_steps"
+    by_tokens = training.max_tokens is not None and steps != training.epochs * (facts.steps_per_epoch or 0)
+    return "max_tokens" if by_tokens else "epochs"
 
 
 def _longer_rows(facts: Facts) -> str:

@@ -25,6 +25,7 @@ from seedbed.train.anchors import PredictionAnchor, WeightAnchor, diagonal_fishe
 from seedbed.train.corpus import store_documents
 from seedbed.train.finetune import Prepared
 from seedbed.train.job import Validation, batches_of
+from seedbed.train.length import step_limit, steps_per_epoch
 from seedbed.train.memory import FISHER_FILE, SELF_REPLAY_FILE, Memory
 from seedbed.train.progress import Display
 
@@ -65,7 +66,7 @@ def rows_with_replay(
             parts.append(replay_rows(store, everything, data.max_seq_len, seed, num_targets, packing=data.packing))
     if self_replay:
         [num_targets] = replay_targets(new.num_targets, self_replay / (1 - replay), 1)
-        needed = math.ceil(num_targets * _share_of_epoch(config.training, len(new)))
+        needed = math.ceil(num_targets * _share_of_epoch(config.training, new))
         documents = own_texts(made, load_old, needed, run / SELF_REPLAY_FILE, display)
         store = store_documents(documents, "text", Reading(made.tokenizer), "the model's own text", display)
         everything = np.arange(store.num_documents)
@@ -76,10 +77,10 @@ def rows_with_replay(
     return mixed
 
 
-def _share_of_epoch(training: TrainingOptions, num_rows: int) -> float:
+def _share_of_epoch(training: TrainingOptions, rows: Rows) -> float:
     """How much of an epoch a run of few steps gets to see."""
-    steps = math.ceil(num_rows / (training.batch_size * training.grad_accumulation))
-    return min(1.0, (training.max_steps or steps) / steps)
+    steps = steps_per_epoch(training, rows)
+    return min(1.0, (step_limit(training, rows) or steps) / steps)
 
 
 def own_texts(

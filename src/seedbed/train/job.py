@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -109,6 +109,8 @@ class Job:
     sample: Prompt
     """What the model continues, or answers, at each validation."""
     keeping: Keeping
+    facts: Mapping[str, Any]
+    """What `metrics.json` says of the model and the text besides."""
     results: dict[str, Any] = field(default_factory=dict)
     """Figures for `metrics.json` that not every run has."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ from seedbed.errors import DivergedError, OutOfMemoryError, SeedbedError
 from seedbed.generate import generate
 from seedbed.loss import linear_cross_entropy
 from seedbed.optim import optimizer_tensors, set_learning_rate
-from seedbed.runs.folder import FINISHED
+from seedbed.runs.folder import FINISHED, read_summary
+from seedbed.runs.series import NOTHING, read_series
 from seedbed.train.job import Job
 from seedbed.train.measure import held_out_loss
 from seedbed.train.progress import Display, perplexity
+from seedbed.train.spikes import WINDOW, RecentLosses, Usual, look_at_spike
 from seedbed.train.stopping import StopRequest, Stopwatch, listen_for_signals
 
 TIME_LIMIT_EXIT_CODE = 75
@@ -48,6 +51,8 @@ class StepResult:
     tokens: int
     learning_rate: float
     grad_norm: float
+    data_seconds: float
+    """Spent on making the batches."""
 
     @property
     def loss(self) -> float:
@@ -63,7 +68,9 @@ def take_step(job: Job, budget_used: float) -> StepResult:
 
     A non-finite gradient leaves the weights as they are.
     """
+    began = time.perf_counter()
     batches = job.micro_batches(job.state.step)
+    data_seconds = time.perf_counter() - began
     tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
     loss_sum = 0.0
     for number, batch in enumerate(batches):
@@ -77,7 +84,7 @@ def take_step(job: Job, budget_used: float) -> StepResult:
     for anchor in job.keeping.weight_anchors:
         anchor.add_gradients()
     grad_norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), job.training.max_grad_norm or math.inf)
-    result = StepResult(loss_sum, tokens, learning_rate, float(grad_norm))
+    result = StepResult(loss_sum, tokens, learning_rate, float(grad_norm), data_seconds)
     if result.finite:
         job.scaler.step(job.optimizer)
     job.scaler.update()
@@ -136,7 +143,9 @@ class Loop:
         self.sitting_tokens = 0
         self.save_seconds = 0.5 + 3 * trained_bytes(job) / 500e6  # until one was measured
         self.saved: tuple[int, Path] | None = None
-        self.notes = ""
+        self.reason = ""
+        self.losses = RecentLosses(read_series(job.run.path).get("train_loss", NOTHING).values[-WINDOW:].tolist())
+        self.of_others = {"judge": None, "notes": "", **others_entries(job.run.path)}
         self.count_epochs()
 
     def run(self, request: StopRequest) -> str:
@@ -159,6 +168,8 @@ class Loop:
                 return self.stop_early()
             if request.signal is not None:
                 return self.stop_with("interrupted", f"step-{state.step}")
+            if self.told_to_stop():
+                return self.stop_with("time_limit", "time-limit")
             if self.watch.seconds_left < self.step_seconds + 2 * self.save_seconds:
                 return self.stop_with("time_limit", "time-limit")
 
@@ -192,6 +203,13 @@ class Loop:
     def out_of_patience(self) -> bool:
         return 0 < self.job.watching.early_stopping_patience <= self.state.epochs_without_improvement
 
+    def told_to_stop(self) -> bool:
+        limit = self.job.watching.stop_at_step
+        if limit is None or self.state.step < limit:
+            return False
+        self.reason = f"--stop_at_step {limit}"
+        return True
+
     def forgot_too_much(self) -> bool:
         keeping, worst = self.job.keeping, max(self.state.forgetting.values(), default=0.0)
         return keeping.on_forgetting != "warn" and worst > keeping.max_forgetting
@@ -217,11 +235,34 @@ class Loop:
             "lr": result.learning_rate,
             "grad_norm": result.grad_norm,
             "tokens_per_second": round(result.tokens / max(seconds, 1e-9), 1),
+            "data_share": round(result.data_seconds / max(seconds, 1e-9), 4),
             "memory_mb": round(peak_memory_mb(self.job.device), 1),
             "remaining_hours": self.remaining_hours(),
         }
         self.write(metrics)
         self.display.step(state.step, self.job.total_steps, metrics)
+        if usual := self.losses.add(state.step, result.loss):
+            self.record_spike(result, usual)
+
+    def record_spike(self, result: StepResult, usual: Usual) -> None:
+        """Say and keep what a step was made of whose loss stands far above the others."""
+        job, state = self.job, self.state
+        found = look_at_spike(job, state.step - 1)
+        job.run.event(
+            "loss_spike",
+            state.step,
+            loss=round(result.loss, 4),
+            usual=round(usual.loss, 4),
+            times=round((result.loss - usual.loss) / max(usual.deviation, 1e-9), 1),
+            grad_norm=round(result.grad_norm, 4),
+            learning_rate=result.learning_rate,
+            peak_learning_rate=job.schedule.peak,
+            **found,
+        )
+        self.display.line(
+            f"Step {state.step}: the loss jumped to {result.loss:.3f} (usual: {usual.loss:.3f}); "
+            f"rows {found['rows'][0]} to {found['rows'][1]} of the epoch, see events.jsonl"
+        )
 
     def record_skip(self) -> None:
         job, state = self.job, self.state
@@ -364,7 +405,7 @@ class Loop:
     def stop_forgetting(self) -> str:
         """End with the best weights within the limit, or with those at hand; where none are, `conclude` knows."""
         state = self.state
-        self.notes = f"--max_forgetting {self.job.keeping.max_forgetting:g} was exceeded"
+        self.reason = f"--max_forgetting {self.job.keeping.max_forgetting:g} was exceeded"
         if self.job.keeping.on_forgetting == "stop" and state.best_step < state.step:
             state.best_val_loss, state.best_step = state.val_loss, state.step
             self.save("best")
@@ -385,12 +426,14 @@ class Loop:
         """Write and return `metrics.json`."""
         job, state = self.job, self.state
         best = state.best_val_loss
-        parameters = list(job.model.parameters())
+        parameters, train_loss = list(job.model.parameters()), self.losses.mean
         summary = {
             "status": status,
             "steps": state.step,
             "total_steps": job.total_steps,
             "tokens": state.tokens,
+            "train_loss": train_loss,
+            "train_ppl": None if train_loss is None else perplexity(train_loss),
             "best_step": state.best_step or None,
             "best_val_loss": best,
             "best_val_ppl": None if best is None else perplexity(best),
@@ -404,12 +447,18 @@ class Loop:
             "precision": job.precision,
             "seed": job.training.seed,
             "parent": job.parent,
-            "judge": None,
-            "notes": self.notes,
+            "reason": self.reason,
+            **job.facts,
+            **self.of_others,
             **job.results,
         }
         job.run.write_summary(summary)
         return summary
+
+
+def others_entries(run: Path) -> dict[str, Any]:
+    """What a person or a judge wrote into the summary of a run that now goes on."""
+    return {name: value for name, value in read_summary(run).items() if name in ("judge", "notes")}
 
 
 def batch_objective(job: Job, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

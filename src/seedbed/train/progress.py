@@ -170,10 +170,15 @@ class Display:
             case "done":
                 self.line(f"Training complete! Time: {minutes:.2f} minutes")
             case "early_stopped":
-                why = summary["notes"] or "no better validation loss"
+                why = summary["reason"] or "no better validation loss"
                 self.line(f"Stopped early: {why}. Time: {minutes:.2f} minutes")
                 if summary["best_step"]:
                     self.line(f"final/ holds the best weights, those of step {summary['best_step']}")
+            case "time_limit" if summary["reason"]:
+                self.line(
+                    f"Stopped at step {summary['steps']} ({summary['reason']}), saved to {run}/checkpoints/time-limit"
+                )
+                self.line("The same command without it goes on from there")
             case "time_limit":
                 self.line(f"Time limit reached after {summary['hours']:.2f}h, saved to {run}/checkpoints/time-limit")
                 self.line("The same command with more --max_training_hours goes on from there")

@@ -139,7 +139,7 @@ def _adopt(config: Config, path: Path, free: frozenset[str]) -> Config:
             f"the run {path} was begun with other options: {listed}. "
             "Leave them out to go on with it, or choose another --output for a new run"
         )
-    own = {"resume", "resume_from", "output", *given}
+    own = {"resume", "resume_from", "output", "stop_at_step", *given}
     return config.adopt({name: saved[name] for name in now if name in saved and name not in own}, sources)
 
 

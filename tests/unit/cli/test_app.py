@@ -65,6 +65,7 @@ ADAPT = {
 TRAINING = {
     "--epochs",
     "--max_steps",
+    "--max_tokens",
     "--max_training_hours",
     "--batch_size",
     "--grad_accumulation",
@@ -95,6 +96,7 @@ WATCHING = {
     "--save_every",
     "--keep_checkpoints",
     "--output",
+    "--stop_at_step",
     "--resume",
     "--no_resume",
     "--resume_from",
@@ -138,12 +140,12 @@ KEEP = {
 
 FLAGS: dict[str, set[str]] = {
     "demo": {"--json"} | EVERY_TRAINING_FLAG,
-    "pretrain": {"--config", "--json"} | EVERY_TRAINING_FLAG,
-    "finetune": {"--config", "--json"} | FINETUNE,
-    "continue": {"--config", "--json"} | FINETUNE | KEEP,
-    "plan continue": {"--config", "--json"} | FINETUNE | KEEP,
-    "plan pretrain": {"--config", "--json"} | EVERY_TRAINING_FLAG,
-    "plan finetune": {"--config", "--json"} | FINETUNE,
+    "pretrain": {"--config", "--from", "--json"} | EVERY_TRAINING_FLAG,
+    "finetune": {"--config", "--from", "--json"} | FINETUNE,
+    "continue": {"--config", "--from", "--json"} | FINETUNE | KEEP,
+    "plan continue": {"--config", "--from", "--json"} | FINETUNE | KEEP,
+    "plan pretrain": {"--config", "--from", "--json"} | EVERY_TRAINING_FLAG,
+    "plan finetune": {"--config", "--from", "--json"} | FINETUNE,
     "evaluate": {
         "--model",
         "--domain",
