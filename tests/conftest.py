@@ -68,7 +68,7 @@ def small_text_file(make_text: MakeText) -> Path:
 
 TINY = (
     "--model tiny --num_layers 2 --d_model 32 --num_heads 2 --d_ff 64 --max_seq_len 32 --batch_size 4 "
-    "--vocab_size 300 --precision fp32 --device cpu --no_tensorboard"
+    "--vocab_size 300 --precision fp32 --device cpu --no_tensorboard --no_report"
 )
 
 

@@ -34,6 +34,7 @@ TINY: dict[str, Any] = {
     "precision": "fp32",
     "device": "cpu",
     "tensorboard": False,
+    "report": False,
 }
 
 TIMINGS = ("elapsed_hours", "remaining_hours", "tokens_per_second", "data_share", "memory_mb")
@@ -95,6 +96,7 @@ TUNING: dict[str, Any] = {
     "precision": "fp32",
     "device": "cpu",
     "tensorboard": False,
+    "report": False,
 }
 
 ROWS: dict[str, Callable[[str, str], dict[str, Any]]] = {
@@ -174,6 +176,7 @@ KEEPING: dict[str, Any] = {
     "precision": "fp32",
     "device": "cpu",
     "tensorboard": False,
+    "report": False,
 }
 
 

@@ -64,7 +64,7 @@ def test_broken_weights_are_bad_everywhere(run_it: RunIt, tmp_path: Path, monkey
     def breaking(job: Job, budget_used: float) -> loop.StepResult:
         if job.state.step == 30:
             with torch.no_grad():
-                job.model.final_norm.weight.mul_(-3)
+                job.model.get_parameter("final_norm.weight").mul_(-3)
         return real(job, budget_used)
 
     monkeypatch.setattr(loop, "take_step", breaking)

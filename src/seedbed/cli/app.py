@@ -2,47 +2,64 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
 import click
 
 from seedbed import __version__
-from seedbed.cli.convert import export, import_model
-from seedbed.cli.inspect import data, tokenizer, verify
-from seedbed.cli.models import chat, evaluate, generate
-from seedbed.cli.plan import plan
-from seedbed.cli.runs import runs
-from seedbed.cli.training import continue_, demo, finetune, pretrain
 from seedbed.errors import SeedbedError
+
+VERBS = {
+    "demo": ("training:demo", "The tour: train on text inside your own Python, evaluate, generate."),
+    "pretrain": ("training:pretrain", "Train a language model from scratch."),
+    "finetune": ("training:finetune", "Adapt a pretrained model to your text or your instructions."),
+    "continue": ("training:continue_", "Add a domain to a model and hold what it knew."),
+    "plan": ("plan:plan", "What a run would take and what may go wrong, before it starts."),
+    "diagnose": ("diagnose:diagnose", "What went wrong in a run, and what to change."),
+    "runs": ("runs:runs", "A table of runs, one in full, several compared, a page of curves."),
+    "sweep": ("sweep:sweep", "Train every run that a file lists, and compare them."),
+    "judge": ("judge:judge", "Let a model score answers, 0 to 100, with an honest band."),
+    "evaluate": ("models:evaluate", "Loss, perplexities and bits per byte of a model on text."),
+    "generate": ("models:generate", "Text from a model, streamed as it is written."),
+    "chat": ("models:chat", "Talk with a model that was taught to answer."),
+    "data": ("inspect:data", "Named sources, and what a model will be shown."),
+    "tokenizer": ("inspect:tokenizer", "Train a tokenizer, or look into one."),
+    "import": ("convert:import_model", "Make a model folder of a .gguf file or of a hub id."),
+    "export": ("convert:export", "Make a model for other programs of what was trained."),
+    "verify": ("inspect:verify", "Check every byte of a checkpoint."),
+}
+"""Each verb's place below `seedbed.cli`, and what it does in one line. In the order that help shows them."""
+
+
+class Verbs(click.Group):
+    """Imports a verb when it is called, so that looking at a table of runs does not wait for training."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
+        if name not in VERBS:
+            return None
+        module, _, attribute = VERBS[name][0].partition(":")
+        command = getattr(importlib.import_module(f"seedbed.cli.{module}"), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Verbs"):
+            formatter.write_dl([(name, does) for name, (_, does) in VERBS.items()])
 
 
 @click.group(
+    cls=Verbs,
     context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
     epilog="Begin with `seedbed demo`. Each verb explains itself: `seedbed VERB --help`.",
 )
 @click.version_option(__version__, prog_name="seedbed")
 def cli() -> None:
     """Grow small language models on the machine you have, and know what is going wrong."""
-
-
-for verb in (
-    demo,
-    pretrain,
-    finetune,
-    continue_,
-    plan,
-    evaluate,
-    generate,
-    chat,
-    export,
-    import_model,
-    tokenizer,
-    data,
-    runs,
-    verify,
-):
-    cli.add_command(verb)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 
 
 def make_console(as_json: bool) -> Console:
+    from rich.console import Console
+
     return Console(stderr=as_json)
 
 

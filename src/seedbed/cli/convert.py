@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
-from seedbed.cli.options import Verb, refuse_unknown
+from seedbed.cli.verb import Verb, refuse_unknown
 from seedbed.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
-from seedbed.cli.options import Verb, given, layers, refuse_unknown, sections
+from seedbed.cli.options import given, layers, sections
+from seedbed.cli.verb import Verb, refuse_unknown
 from seedbed.config import FLAGS, TRAINED_HERE, DataOptions, TextOptions, read_section, resolve
 from seedbed.data.rows import NO_TARGET
 from seedbed.errors import CheckpointError, ConfigError

@@ -9,7 +9,8 @@ import click
 from rich.console import Console
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
-from seedbed.cli.options import Verb, given, refuse_unknown, sections
+from seedbed.cli.options import given, sections
+from seedbed.cli.verb import Verb, refuse_unknown
 from seedbed.config import FLAGS, SamplingOptions, TextOptions, read_config_file, read_section
 from seedbed.errors import ConfigError, DataError
 from seedbed.text.template import find_template

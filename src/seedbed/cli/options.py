@@ -9,16 +9,8 @@ from typing import Any
 import click
 from pydantic.fields import FieldInfo
 
+from seedbed.cli.verb import unknown_flags
 from seedbed.config import FLAGS, REGIMES, Layer, Section, option_names, read_config_file, read_run_options
-from seedbed.errors import ConfigError, did_you_mean
-
-SETTINGS = {
-    "token_normalize_func": lambda name: name.replace("-", "_"),
-    "max_content_width": 110,
-    # Unknown flags are kept, so that they can be reported together with everything else that is wrong.
-    "ignore_unknown_options": True,
-    "allow_extra_args": True,
-}
 
 
 class SectionOption(click.Option):
@@ -51,23 +43,6 @@ def sections(*classes: type[Section], regimes: Sequence[str] = ("scratch",)) -> 
     return decorate
 
 
-class Verb(click.Command):
-    """A command whose help shows its flags by section and which takes hyphens for underscores."""
-
-    def __init__(self, name: str, **kwargs: Any) -> None:
-        kwargs["context_settings"] = SETTINGS
-        super().__init__(name, **kwargs)
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            if record := parameter.get_help_record(ctx):
-                groups.setdefault(getattr(parameter, "section", "Other"), []).append(record)
-        for title, records in groups.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
-
-
 config_option = click.option(
     "--config", metavar="FILE.yaml|PRESET", help="Values under the same names as the flags; flags win."
 )
@@ -88,25 +63,6 @@ def layers(ctx: click.Context, regime: str) -> list[Layer]:
 def given(ctx: click.Context, names: Iterable[str]) -> dict[str, Any]:
     """The values of the flags that were typed."""
     return {name: ctx.params[name] for name in names if ctx.params.get(name) not in (None, ())}
-
-
-def unknown_flags(ctx: click.Context) -> list[str]:
-    """Names of flags that no option has.
-
-    Raises:
-        ConfigError: words that belong to no flag.
-    """
-    unknown = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in ctx.args if word.startswith("-")]
-    if ctx.args and not unknown:
-        raise ConfigError(f"unexpected argument {ctx.args[0]!r}; values follow a flag, such as --data {ctx.args[0]}")
-    return unknown
-
-
-def refuse_unknown(ctx: click.Context) -> None:
-    """Raise ConfigError for unknown flags of a command without a config."""
-    known = [parameter.name or "" for parameter in ctx.command.params]
-    if names := unknown_flags(ctx):
-        raise ConfigError([f"unknown option --{name}{did_you_mean(name, known)}" for name in names])
 
 
 def _is_bool(field: FieldInfo) -> bool:

@@ -29,10 +29,11 @@ ONLY = {
 def reference() -> str:
     """The whole page as Markdown."""
     parts = [INTRO, "## Options of `pretrain`, `finetune`, `continue`, `demo` and `plan`\n"]
+    commands = dict(_verbs(cli))
     options = {
         option.name: option
         for verb in ("continue", "finetune", "pretrain")
-        for option in cli.commands[verb].params
+        for option in commands[verb].params
         if isinstance(option, SectionOption)
     }
     for section in SECTIONS:
@@ -47,7 +48,7 @@ def reference() -> str:
         preset = ", ".join(f"`{key}` {value}" for key, value in read_preset(name).items())
         parts.append(f"| `{name}` | {preset} |")
     parts.append("\n## The other verbs\n")
-    for name, command in _verbs(cli):
+    for name, command in commands.items():
         own = [o for o in command.params if isinstance(o, click.Option) and o.name not in options]
         parts.append(f"### `seedbed {name}`\n\n{inspect.cleandoc(command.help or '')}\n")
         if name.removeprefix("plan ") not in ("pretrain", "finetune", "continue", "demo") and own:
@@ -56,8 +57,11 @@ def reference() -> str:
 
 
 def _verbs(group: click.Group, prefix: str = "") -> list[tuple[str, click.Command]]:
-    found = []
-    for name, command in group.commands.items():
+    found: list[tuple[str, click.Command]] = []
+    ctx = click.Context(group)
+    for name in group.list_commands(ctx):
+        command = group.get_command(ctx, name)
+        assert command is not None
         path = f"{prefix}{name}"
         found += _verbs(command, f"{path} ") if isinstance(command, click.Group) else [(path, command)]
     return found

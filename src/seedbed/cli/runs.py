@@ -2,38 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 import click
 
-from seedbed.cli.console import json_option, print_facts, print_json
-from seedbed.cli.options import Verb, refuse_unknown
-from seedbed.errors import CheckpointError, ConfigError
-from seedbed.runs.folder import read_summary
-from seedbed.runs.history import History, Stage, find_history
-from seedbed.runs.lineage import (
-    Row,
-    against,
-    backward_transfer,
-    forgetting,
-    gain_kept,
-    matrix,
-    method_in_words,
-)
+from seedbed.cli.console import json_option, print_json
+from seedbed.cli.verb import Verb, refuse_unknown
+from seedbed.errors import ConfigError, did_you_mean
+from seedbed.runs.folder import read_summary, update_summary
+from seedbed.runs.info import RunInfo, find_runs, is_run, read_run, run_of
 
-WIDTH = 100
-LONGEST_NAME = 24
-SAME_START = 1e-3
-"""Relative difference in bits per byte within which two runs began from the same model and the same text."""
+RUNS = Path("runs")
+"""Where runs are looked for when nobody says where."""
+UNCUT = 100
+"""Width of a comparison that is not printed in a terminal."""
 
 
 @click.group()
 def runs() -> None:
-    """What runs did, and what their models learnt one after another."""
+    """What runs did: a table of them, one in full, several side by side, notes, a report."""
+
+
+@runs.command(
+    "list",
+    cls=Verb,
+    epilog="Examples: seedbed runs list --sort val_loss --filter 'status=done' --filter 'lr<1e-4'; "
+    "seedbed runs list runs/sweep --columns name,lr,val_loss --format markdown",
+)
+@click.argument("folders", metavar="[FOLDER ...]", nargs=-1)
+@click.option("--columns", metavar="NAME,...", help="Columns to show, or all; docs/runs.md says what each is.")
+@click.option("--sort", metavar="NAME", help="By a column or an option; -NAME sorts downwards.")
+@click.option(
+    "--filter",
+    "filters",
+    multiple=True,
+    metavar="'NAME<VALUE'",
+    help="Only runs whose column or option is so: = != < <= > >=, ~ for contains; may be given several times.",
+)
+@click.option("--format", "form", type=click.Choice(["table", "markdown", "csv"]), default="table", help="[table]")
+@json_option
+@click.pass_context
+def list_runs(
+    ctx: click.Context,
+    /,
+    folders: tuple[str, ...],
+    columns: str | None,
+    sort: str | None,
+    filters: tuple[str, ...],
+    form: Any,
+    as_json: bool,
+) -> None:
+    """A table of the runs at or below the folders (by default runs/)."""
+    from seedbed.runs.columns import BY_DEFAULT, check_columns
+    from seedbed.runs.query import select
+    from seedbed.runs.table import load_runs, render, table
+
+    _refuse_flags_among(ctx, folders)
+    chosen = check_columns([name.strip() for name in columns.split(",")]) if columns else None
+    found = load_runs(_folders(folders))
+    selected = select(found, filters, sort)
+    if as_json:
+        rows = table(selected, chosen)
+        paths = [str(run.path) for run in selected]
+        print_json({"runs": [{**row, "path": path} for row, path in zip(rows, paths, strict=True)]})
+        return
+    if not selected:
+        click.echo(_nothing_found(folders, len(found)), err=form != "table")
+        return
+    rows = table(selected, chosen or BY_DEFAULT)
+    width = shutil.get_terminal_size().columns if form == "table" and sys.stdout.isatty() else None
+    click.echo(render(rows, chosen, form, width))
+    if chosen is None and width is not None:
+        _say_what_is_left_out(rows, width)
+
+
+def _folders(names: Sequence[str]) -> list[Path]:
+    if missing := [name for name in names if not Path(name).is_dir()]:
+        raise ConfigError([f"{name}: no such folder; expected one with runs in it" for name in missing])
+    return [Path(name) for name in names] or [RUNS]
+
+
+def _nothing_found(folders: Sequence[str], found: int) -> str:
+    where = ", ".join(str(Path(name).absolute()) for name in folders or [str(RUNS)])
+    if found:
+        return f"None of the {found} runs in {where} meets every --filter."
+    return f"No runs in {where} or below. Train one: seedbed pretrain --data book.txt --model tiny"
+
+
+def _say_what_is_left_out(rows: Sequence[dict[str, Any]], width: int) -> None:
+    from seedbed.runs.table import default_columns
+
+    shown = default_columns(rows, width)
+    if left := [name for name in default_columns(rows) if name not in shown]:
+        click.echo(f"For want of room without {', '.join(left)}; --columns chooses, --columns all shows everything.")
 
 
 @runs.command("show", cls=Verb, epilog="Example: seedbed runs show runs/law --lineage --baseline runs/law-naive")
@@ -45,216 +111,130 @@ def runs() -> None:
 @json_option
 @click.pass_context
 def show_run(ctx: click.Context, /, folder: str, lineage: bool, baseline: str | None, as_json: bool) -> None:
-    """The summary of a run, or the history of its model. RUN is a run folder or one of its checkpoints."""
+    """One run in full, or the history of its model. RUN is a run folder or one of its checkpoints."""
     refuse_unknown(ctx)
     if baseline and not lineage:
         raise ConfigError("--baseline has no meaning without --lineage; add --lineage, or leave it out")
-    path = _folder(folder, "RUN")
-    run = _run_of(path)
-    summary = read_summary(run)
+    path = _existing(folder)
+    run = _around(path)
     if lineage:
-        history = _history(path)
-        naive = _same_domain(baseline, _newest(history).domain) if baseline else None
-        if as_json:
-            print_json({"run": str(run), **summary, **_lineage_json(history, naive)})
-            return
-        for line in _lineage_lines(history, naive, baseline):
-            click.echo("".join(character if character.isprintable() else "?" for character in line))
+        from seedbed.cli.lineage import print_lineage
+
+        print_lineage(path, run, read_summary(run), baseline, as_json=as_json)
         return
-    if not summary:
-        raise ConfigError(f"{path}: no readable metrics.json; expected a run folder, or a checkpoint inside one")
+    from seedbed.cli.summary import run_as_json, run_lines
+
+    info = _all_of(run)
     if as_json:
-        print_json({"run": str(run), **summary})
+        print_json(run_as_json(info))
         return
-    print_facts(_facts(run, summary))
+    for line in run_lines(info):
+        click.echo(line)
 
 
-def _folder(name: str, where: str) -> Path:
-    if not Path(name).is_dir():
-        raise ConfigError(f"{where} {name}: no such folder; expected a run or one of its checkpoints")
-    return Path(name)
+@runs.command("note", cls=Verb, epilog='Example: seedbed runs note runs/book "twice the context, same loss"')
+@click.argument("name", metavar="RUN")
+@click.argument("text")
+@click.pass_context
+def note(ctx: click.Context, /, name: str, text: str) -> None:
+    """Write a note on a run, in place of the one it has; an empty text removes it."""
+    refuse_unknown(ctx)
+    run = _run(name).path
+    if (run / "metrics.json").exists() and not read_summary(run):
+        raise ConfigError(f"{run}/metrics.json is not readable, and a note would replace it; mend or remove it")
+    update_summary(run, notes=text)
+    click.echo(f"{run}: {'noted' if text else 'has no note now'}")
 
 
-def _run_of(path: Path) -> Path:
-    """The run folder around a checkpoint; `path` itself where there is none."""
+@runs.command(
+    "compare",
+    cls=Verb,
+    epilog="Example: seedbed runs compare runs/base runs/lora --axis time --report comparison.html",
+)
+@click.argument("names", metavar="RUN RUN [...]", nargs=-1)
+@click.option(
+    "--axis",
+    type=click.Choice(["step", "tokens", "time", "epoch"]),
+    default="tokens",
+    help="What curves are aligned by. [tokens]",
+)
+@click.option("--markdown", is_flag=True, help="As Markdown.")
+@click.option("--report", metavar="FILE.html", help="Also write a page with curves.")
+@json_option
+@click.pass_context
+def compare_runs(
+    ctx: click.Context, /, names: tuple[str, ...], axis: Any, markdown: bool, report: str | None, as_json: bool
+) -> None:
+    """What differs between runs, whether it is more than luck, and their answers side by side."""
+    _refuse_flags_among(ctx, names)
+    found = {run.path.resolve(): run for run in map(_run, names)}
+    if len(found) < 2:
+        raise ConfigError("runs compare: expected two or more different runs, such as runs/one runs/two")
+    if markdown and as_json:
+        raise ConfigError("--markdown contradicts --json; leave one of them out")
+    from seedbed.cli.comparison import markdown_lines, text_lines
+    from seedbed.runs.compare import compare
+
+    comparison = compare(list(found.values()), axis)
+    if as_json:
+        print_json(asdict(comparison))
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else UNCUT
+        for line in markdown_lines(comparison) if markdown else text_lines(comparison, width):
+            click.echo(line)
+    if report:
+        _write_report([run.path for run in found.values()], report, err=as_json)
+
+
+@runs.command("report", cls=Verb, epilog="Example: seedbed runs report runs/base runs/lora --output comparison.html")
+@click.argument("names", metavar="RUN [...]", nargs=-1, required=True)
+@click.option("--output", metavar="FILE.html", help="[report.html in the run, comparison.html around several]")
+@click.pass_context
+def report_runs(ctx: click.Context, /, names: tuple[str, ...], output: str | None) -> None:
+    """Write a page with curves, events, samples and diagnosis that opens offline."""
+    _refuse_flags_among(ctx, names)
+    _write_report([_run(name).path for name in names], output)
+
+
+def _write_report(paths: Sequence[Path], output: str | None, *, err: bool = False) -> None:
+    from seedbed.runs.report import write_report
+
+    click.echo(write_report(paths, Path(output) if output else None), err=err)
+
+
+def _refuse_flags_among(ctx: click.Context, words: Sequence[str]) -> None:
+    """Refuse unknown flags; a verb that takes many arguments finds them among these."""
+    ctx.args.extend(word for word in words if word.startswith("-"))
+    refuse_unknown(ctx)
+
+
+def _run(name: str) -> RunInfo:
+    return read_run(_existing(name))
+
+
+def _existing(name: str) -> Path:
+    """The folder of this name, here or below runs/."""
+    for path in (Path(name), RUNS / name):
+        if path.is_dir():
+            return path
+    near = did_you_mean(name, [str(path) for path in find_runs(RUNS)])
+    raise ConfigError(f"RUN {name}: no such folder; expected a run or one of its checkpoints{near}")
+
+
+def _around(path: Path) -> Path:
+    """The run folder around a checkpoint; `path` itself where there is none. Its summary is enough to know it."""
     above = path.resolve().parent
-    return above.parent if above.name == "checkpoints" and (above.parent / "metrics.json").is_file() else path
+    return above.parent if above.name == "checkpoints" and (above.parent / "metrics.json").is_file() else run_of(path)
 
 
-def _history(path: Path) -> History:
-    history = find_history(path)
-    if history is None:
-        raise CheckpointError(
-            f"{path}: its model has no history; begin one: seedbed continue --model {path} --data FILE --domain NAME"
-        )
-    return history
-
-
-def _facts(run: Path, summary: dict[str, Any]) -> dict[str, object]:
-    """The summary for people, without what is unknown."""
-    steps, total = _number(summary.get("steps"), ","), _number(summary.get("total_steps"), ",")
-    loss = _number(summary.get("best_val_loss"), ".4f")
-    facts = {
-        "Run": run,
-        "Status": summary.get("status"),
-        "Steps": f"{steps} of {total}" if steps and total else steps,
-        "Best validation loss": loss and f"{loss} nats per token",
-        "Perplexity": _number(summary.get("best_val_ppl"), ".3f"),
-        "Bits per byte": _number(summary.get("bits_per_byte"), ".4f"),
-        "Hours": _number(summary.get("hours"), ".3f"),
-        "Device": summary.get("device"),
-        "Parent": summary.get("parent"),
-        "Notes": summary.get("notes"),
-    }
-    return {name: value for name, value in facts.items() if value not in (None, "")}
-
-
-def _number(value: object, form: str) -> str | None:
-    return format(value, form) if isinstance(value, int | float) else None
-
-
-def _newest(history: History) -> Stage:
-    """The newest stage that was learnt to its end; the base when there is none."""
-    return next((stage for stage in reversed(history.stages[1:]) if stage.after), history.stages[0])
-
-
-def _same_domain(baseline: str, domain: str) -> Stage:
-    """The stage in which the baseline learnt `domain`.
+def _all_of(run: Path) -> RunInfo:
+    """The run in a folder, which may have lost its options or never come to a summary.
 
     Raises:
-        ConfigError: no such folder, or the baseline did not learn it.
-        CheckpointError: the baseline's model has no history, or a damaged one.
+        ConfigError: it has neither, or its options are not readable.
     """
-    history = _history(_folder(baseline, "--baseline"))
-    stage = history.stage(domain)
-    if stage is None:
-        learnt = ", ".join(history.domains)
-        raise ConfigError(f"--baseline {baseline} learnt {learnt}; expected a run that learnt {domain}")
-    return stage
-
-
-def _lineage_json(history: History, naive: Stage | None) -> dict[str, Any]:
-    compared = against(_newest(history), naive) if naive else None
-    return {
-        "stages": history.to_json()["stages"],
-        "matrix": [asdict(row) for row in matrix(history)],
-        "backward_transfer": backward_transfer(history),
-        "gain_kept": {domain: gain_kept(history, domain) for domain in history.domains[1:]},
-        "gain_share": compared.gain_share if compared else None,
-        "forgetting_avoided": compared.forgetting_avoided if compared else None,
-    }
-
-
-def _lineage_lines(history: History, naive: Stage | None, baseline: str | None) -> Iterator[str]:
-    yield from _chain(history)
-    yield ""
-    if rows := [row for row in matrix(history) if row.figures]:
-        yield "Bits per byte of held-out text (nats per token) after each stage:"
-        yield from _table(rows, history.domains)
-        yield ""
-    yield from _wrapped(_transfer_sentence(history))
-    yield from _wrapped(_gains_sentence(history))
-    if naive:
-        yield from _wrapped(f"Against {baseline}: {_comparison(_newest(history), naive)}")
-
-
-def _chain(history: History) -> Iterator[str]:
-    """The stages from the base down, each with its method, what it did, and where it is."""
-    width = min(LONGEST_NAME, max(map(len, history.domains)))
-    for number, stage in enumerate(history.stages):
-        bar = "|" if number + 1 < len(history.stages) else " "
-        name = _short(stage.domain)
-        first = f"* {name:<{width}}  "
-        rest = f"{bar:<{width + 4}}"
-        for about in _about(stage, is_base=number == 0):
-            yield from wrap(about, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
-            first = rest
-        yield f"{first}{_place(stage)}"  # not wrapped, so that it can be copied
-        if bar == "|":
-            yield bar
-
-
-def _about(stage: Stage, *, is_base: bool) -> Iterator[str]:
-    if is_base:
-        return
-    yield method_in_words(stage.method) + ("" if stage.after else " (being learnt)")
-    if stage.why:
-        yield f"auto: {stage.why}"
-    own = stage.domain
-    if own in stage.before and own in stage.after:
-        figures = f"{stage.before[own].bits_per_byte:.4f} -> {stage.after[own].bits_per_byte:.4f} bits per byte"
-        rises = [
-            f"{_short(domain)} {_percent(forgetting(before, stage.after[domain]), '+')}"
-            for domain, before in stage.before.items()
-            if domain != own and domain in stage.after
-        ]
-        yield figures + (f"; forgetting: {', '.join(rises)}" if rises else "")
-
-
-def _place(stage: Stage) -> str:
-    """The run folder of a stage, or the model folder where there is none; and whether it is still there."""
-    place = stage.run or stage.model
-    if not Path(place).exists():
-        return f"{place} (missing)"
-    gone = stage.model and not Path(stage.model).exists()
-    return f"{place} (its model is missing: {stage.model})" if gone else place
-
-
-def _table(rows: Sequence[Row], domains: Sequence[str]) -> Iterator[str]:
-    """Stages down, domains across; columns that do not fit follow in a further block."""
-    measured = [domain for domain in domains if any(domain in row.figures for row in rows)]
-    label = max(len(_short(row.domain)) for row in rows)
-    column = max(len("1.2345 (1.2345)"), *(len(_short(domain)) for domain in measured))
-    at_once = max(1, (WIDTH - label) // (column + 2))
-    for start in range(0, len(measured), at_once):
-        block = measured[start : start + at_once]
-        yield " " * label + "".join(f"  {_short(domain):>{column}}" for domain in block)
-        for row in rows:
-            yield f"{_short(row.domain):<{label}}" + "".join(f"  {_cell(row, domain):>{column}}" for domain in block)
-
-
-def _cell(row: Row, domain: str) -> str:
-    figure = row.figures.get(domain)
-    return f"{figure.bits_per_byte:.4f} ({figure.loss:.4f})" if figure else "-"
-
-
-def _transfer_sentence(history: History) -> str:
-    transfer = backward_transfer(history)
-    if transfer is None:
-        return "Backward transfer: unknown, because no earlier domain was measured."
-    return f"Backward transfer: {transfer:+.4f} bits per byte; below zero is forgetting."
-
-
-def _gains_sentence(history: History) -> str:
-    kept = {domain: gain_kept(history, domain) for domain in history.domains[1:]}
-    shares = ", ".join(f"{_short(domain)} {_percent(share)}" for domain, share in kept.items() if share is not None)
-    return f"Of each gain there is left: {shares or 'nothing to tell, because nothing was gained and measured'}."
-
-
-def _comparison(stage: Stage, naive: Stage) -> str:
-    compared = against(stage, naive)
-    if compared is None:
-        return "no comparison, because one of them has no figures or the baseline gained nothing."
-    avoided = (
-        "and it forgot nothing itself"
-        if compared.forgetting_avoided is None
-        else f"and {_percent(compared.forgetting_avoided)} of its forgetting avoided"
-    )
-    sentence = f"{_percent(compared.gain_share)} of its gain on {_short(stage.domain)}, {avoided}."
-    both = stage.before.keys() & naive.before.keys()
-    if any(abs(forgetting(stage.before[domain], naive.before[domain])) > SAME_START for domain in both):
-        sentence += " They did not begin from the same figures, so the comparison is rough."
-    return sentence
-
-
-def _wrapped(sentence: str) -> list[str]:
-    return wrap(sentence, WIDTH, break_on_hyphens=False, break_long_words=False)
-
-
-def _percent(share: float, sign: str = "") -> str:
-    return f"{share * 100:{sign}.1f} %"
-
-
-def _short(name: str) -> str:
-    """A name that a column can hold."""
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
+    if is_run(run):
+        return read_run(run)
+    if summary := read_summary(run):
+        return RunInfo(run, "", {}, {}, summary)
+    raise ConfigError(f"{run}: no readable metrics.json; expected a run folder, or a checkpoint inside one")

@@ -11,7 +11,8 @@ import click
 from rich.console import Console
 
 from seedbed.cli.console import json_option, make_console, print_json
-from seedbed.cli.options import Verb, config_option, from_option, layers, sections
+from seedbed.cli.options import config_option, from_option, layers, sections
+from seedbed.cli.verb import Verb
 from seedbed.config import (
     REGIME_SECTIONS,
     Config,

@@ -2,6 +2,7 @@
 
 from seedbed.config.options import (
     FREE_TO_CHANGE,
+    LEARNING_RATES,
     REGIME_SECTIONS,
     REGIMES,
     SECTIONS,
@@ -38,6 +39,7 @@ __all__ = [
     "DOMAIN_NAME",
     "FLAGS",
     "FREE_TO_CHANGE",
+    "LEARNING_RATES",
     "REGIMES",
     "REGIME_SECTIONS",
     "SECTIONS",

@@ -250,6 +250,7 @@ class WatchOptions(Section):
     resume: bool = Field(True, description="Go on with an unfinished run in the same folder.")
     resume_from: str | None = Field(None, description="Go on from this checkpoint folder.")
     tensorboard: bool = Field(True, description="Write TensorBoard files into the run folder.")
+    report: bool = Field(True, description="Write report.html into the run folder at the end: curves and diagnosis.")
     sample_prompt: str = Field(
         "", description="At each validation the model continues this text, or answers it if it learns conversations."
     )
@@ -332,6 +333,15 @@ REGIMES: dict[str, dict[str, Any]] = {
 }
 """Values that depend on what is being trained: 3e-4 suits a new model and ruins a pretrained one."""
 
+LEARNING_RATES: dict[str, tuple[str, float, float]] = {
+    "scratch": ("training from scratch", 1e-4, 5e-3),
+    "finetune": ("fine-tuning pretrained weights", 1e-5, 5e-5),
+    "lora": ("training LoRA adapters", 5e-5, 5e-4),
+    "continue": ("continuing pretrained weights", 1e-5, 5e-5),
+    "continue-lora": ("training LoRA adapters", 5e-5, 5e-4),
+}
+"""Regime to what it does, and the least and the greatest peak learning rate of AdamW that usually goes well."""
+
 _ADAPTING = (DataOptions, PretrainedOptions, AdaptOptions, TrainingOptions, WatchOptions)
 _CONTINUING = (DataOptions, PretrainedOptions, KeepOptions, AdaptOptions, TrainingOptions, WatchOptions)
 
@@ -354,6 +364,7 @@ FREE_TO_CHANGE = frozenset(
         "resume",
         "resume_from",
         "tensorboard",
+        "report",
         "device",
         "strict",
         "allow",

@@ -22,7 +22,6 @@ from seedbed.model.decoder import Decoder
 from seedbed.runs.history import Figure, Stage, read_history
 from seedbed.runs.lineage import forgetting
 from seedbed.text.tokenizer import Tokenizer
-from seedbed.train.announce import describe_findings
 from seedbed.train.job import Job, Validation
 from seedbed.train.measure import held_out_loss, measure
 from seedbed.train.memory import Memory, model_fingerprint
@@ -56,9 +55,8 @@ class Conclusion:
             stage = self._conclude(job, display, request)
             if stage is None:
                 return False
-            findings = forgotten(stage)
-            report(stage, findings, display)
-            for finding in findings:
+            report(stage, display)
+            for finding in forgotten(stage):
                 job.run.event("finding", job.state.step, **finding.to_json())
         link_checkpoint(best, best.with_name("final"), read_state(best))
         job.results.update(results(stage))
@@ -209,8 +207,8 @@ def results(stage: Stage) -> dict[str, object]:
     return {"domain": stage.domain, "method": dict(stage.method), "why": stage.why, "domains": domains}
 
 
-def report(stage: Stage, findings: list[Finding], display: Display) -> None:
-    """One line a domain: what its held-out text cost before and costs now; then what was noticed."""
+def report(stage: Stage, display: Display) -> None:
+    """One line a domain: what its held-out text cost before and costs now."""
     display.line()
     display.line("Held-out text, bits per byte before and after:")
     width = max(map(len, stage.after), default=0)
@@ -222,7 +220,6 @@ def report(stage: Stage, findings: list[Finding], display: Display) -> None:
             f"  {domain:<{width}}  {before.bits_per_byte:.4f} -> {figure.bits_per_byte:.4f}  "
             f"({forgetting(before, figure):+.2%}, {what})"
         )
-    describe_findings(display, findings)
     display.line(f"The whole chain: seedbed runs show {stage.run} --lineage")
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from seedbed.config import FLAGS, Config
+from seedbed.config import FLAGS, LEARNING_RATES, Config
 from seedbed.findings import Finding, Level
 
 NAMES = (
@@ -26,15 +26,6 @@ NAMES = (
     "lora_scaling",
 )
 """Every finding that `check` can make."""
-
-LEARNING_RATES = {
-    "scratch": ("training from scratch", 1e-4, 5e-3),
-    "finetune": ("fine-tuning pretrained weights", 1e-5, 5e-5),
-    "lora": ("training LoRA adapters", 5e-5, 5e-4),
-    "continue": ("continuing pretrained weights", 1e-5, 5e-5),
-    "continue-lora": ("training LoRA adapters", 5e-5, 5e-4),
-}
-"""Regime to what it does, and the least and the greatest peak learning rate that usually goes well."""
 
 SHORT_CONTEXT = 256  # tokens; and less than a quarter of what the model was trained with
 FEW_STEPS = 20  # optimizer updates, after which a loss curve is still noise

@@ -27,6 +27,7 @@ from seedbed.train.measure import held_out_loss
 from seedbed.train.progress import Display, perplexity
 from seedbed.train.spikes import WINDOW, RecentLosses, Usual, look_at_spike
 from seedbed.train.stopping import StopRequest, Stopwatch, listen_for_signals
+from seedbed.train.verdict import LiveDiagnosis
 
 TIME_LIMIT_EXIT_CODE = 75
 MAX_SKIPPED_IN_A_ROW = 10
@@ -146,6 +147,7 @@ class Loop:
         self.reason = ""
         self.losses = RecentLosses(read_series(job.run.path).get("train_loss", NOTHING).values[-WINDOW:].tolist())
         self.of_others = {"judge": None, "notes": "", **others_entries(job.run.path)}
+        self.live = LiveDiagnosis()
         self.count_epochs()
 
     def run(self, request: StopRequest) -> str:
@@ -319,6 +321,7 @@ class Loop:
             state.best_val_loss, state.best_step = state.val_loss, state.step
             self.save("best")
         self.summarize("running")
+        self.live.look(job.run, self.display)
         return True
 
     def held_out_losses(self, request: StopRequest) -> dict[str, float] | None:

@@ -9,6 +9,7 @@ from seedbed.train.build import build_job
 from seedbed.train.loop import Outcome, train
 from seedbed.train.progress import Display
 from seedbed.train.resume import AlreadyFinished, open_run
+from seedbed.train.verdict import look_back
 
 
 def run_training(config: Config, console: Console) -> Outcome:
@@ -33,6 +34,7 @@ def run_training(config: Config, console: Console) -> Outcome:
             return train(job, display)
         finally:
             job.board.close()
+            look_back(job.run.path, display, report=config.watching.report)
     finally:
         start.run.discard_if_empty()
         start.run.close()

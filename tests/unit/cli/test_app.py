@@ -102,6 +102,8 @@ WATCHING = {
     "--resume_from",
     "--tensorboard",
     "--no_tensorboard",
+    "--report",
+    "--no_report",
     "--sample_prompt",
     "--strict",
     "--no_strict",

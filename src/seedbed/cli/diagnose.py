@@ -1,0 +1,60 @@
+"""What went wrong in a run, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from textwrap import wrap
+from typing import Any
+
+import click
+
+from seedbed.cli.console import json_option, print_json
+from seedbed.cli.verb import Verb, refuse_unknown
+from seedbed.findings import Finding
+
+WIDTH = 100
+
+
+@click.command("diagnose", cls=Verb, epilog="Example: seedbed diagnose runs/book")
+@click.argument("folder", metavar="RUN")
+@json_option
+@click.pass_context
+def diagnose(ctx: click.Context, /, folder: str, as_json: bool) -> None:
+    """What went wrong in a run, the numbers that show it, and the flags to change. Nothing for a healthy one.
+
+    RUN is a run folder or one of its checkpoints. A run that still goes can be looked at too.
+    """
+    refuse_unknown(ctx)
+    from seedbed.runs.diagnose import find, read_facts
+
+    facts = read_facts(folder)
+    findings = find(facts)
+    looked_at = {
+        "status": facts.status,
+        "steps": len(facts.train),
+        "validations": len(facts.val),
+        "samples": len(facts.texts),
+        "events": len(facts.events),
+    }
+    if as_json:
+        shown = [finding.to_json() for finding in findings]
+        print_json({"run": str(facts.run.path), "findings": shown, "looked_at": looked_at})
+        return
+    for line in _lines(findings, looked_at):
+        click.echo("".join(character if character.isprintable() else "?" for character in line))
+
+
+def _lines(findings: Sequence[Finding], looked_at: dict[str, Any]) -> Iterator[str]:
+    """A paragraph a finding; where there is none, what was looked at."""
+    for number, finding in enumerate(findings):
+        if number:
+            yield ""
+        yield from _wrapped(f"{finding.level.capitalize()} ({finding.name}): {finding}")
+    if not findings:
+        figures = ", ".join(f"{count:,} {what}" for what, count in looked_at.items() if what != "status")
+        verdict = "the run looks healthy" if looked_at["steps"] else "the run has not made a step"
+        yield from _wrapped(f"Nothing to say: {verdict} ({figures}; status {looked_at['status']})")
+
+
+def _wrapped(text: str) -> list[str]:
+    return wrap(text, WIDTH, break_on_hyphens=False, break_long_words=False)

@@ -1,0 +1,82 @@
+"""Which options of a run somebody chose, and which differ from its parent's."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from seedbed.errors import ConfigError
+from seedbed.runs.info import RunInfo, is_run, read_run, run_of
+
+BOOKKEEPING = frozenset(
+    {
+        *("output", "resume", "resume_from", "log_every", "save_every", "keep_checkpoints", "tensorboard", "report"),
+        *("strict", "allow"),
+    }
+)
+"""Options that change no figure of a run, only what is written and where."""
+NOT_CHOSEN = ("default", "regime")
+"""How the sources of values begin that nobody chose."""
+
+
+def parent_run(run: RunInfo) -> RunInfo | None:
+    """The run that this one began from, if it was a run and still exists."""
+    if not isinstance(run.parent, str):
+        return None
+    for base in (_began_in(run), Path()):
+        folder = run_of(base / run.parent)
+        if is_run(folder) and folder.resolve() != run.path.resolve():
+            config = folder / "config.yaml"
+            return _read_unchanged(folder, config.stat().st_mtime_ns)
+    return None
+
+
+def _began_in(run: RunInfo) -> Path:
+    """The folder that the run's relative paths start from, as `--output` tells."""
+    output = run.options.get("output")
+    if isinstance(output, str) and not Path(output).is_absolute():
+        parts = Path(output).parts
+        path = run.path.resolve()
+        if path.parts[-len(parts) :] == parts:
+            return Path(*path.parts[: -len(parts)])
+    return Path()
+
+
+@lru_cache(maxsize=64)
+def _read_unchanged(folder: Path, _modified: int) -> RunInfo | None:
+    """Many runs have the same parent; it is read once, and again when its options change."""
+    try:
+        return read_run(folder)
+    except ConfigError:
+        return None
+
+
+def changed_options(run: RunInfo) -> dict[str, tuple[Any, Any]]:
+    """The options that differ from the parent run's: old value and new.
+
+    Where the parent was trained in another regime, most values differ because the regime's defaults do: then only
+    those that somebody chose for this run.
+    """
+    parent = parent_run(run)
+    if parent is None:
+        return {}
+    alike = parent.regime == run.regime
+    return {
+        name: (parent.options.get(name), value)
+        for name, value in run.options.items()
+        if name not in BOOKKEEPING
+        and parent.options.get(name) != value
+        and (alike or is_chosen(run, name))
+        and not (name == "model" and value == run.parent)
+    }
+
+
+def is_chosen(run: RunInfo, name: str) -> bool:
+    """Whether an option of the run is not as it is by default in its regime."""
+    return not str(run.sources.get(name, "default")).startswith(NOT_CHOSEN)
+
+
+def chosen_options(run: RunInfo) -> dict[str, tuple[Any, str]]:
+    """The options that are not as they are by default: value and source."""
+    return {name: (value, str(run.sources[name])) for name, value in run.options.items() if is_chosen(run, name)}
