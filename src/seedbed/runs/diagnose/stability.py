@@ -88,7 +88,8 @@ def nan(facts: Facts) -> Iterator[Finding]:
     if not harmful and not gave_up:
         return
     shown = ", ".join(f"{step:,}" for step in harmful[:5]) + (", ..." if len(harmful) > 5 else "")
-    what = f"{len(harmful):,} updates were not finite and were left out (steps {shown})" if harmful else ""
+    were = "1 update was" if len(harmful) == 1 else f"{len(harmful):,} updates were"
+    what = f"{were} not finite and left out (step{'s' if len(harmful) > 1 else ''} {shown})" if harmful else ""
     end = "the run gave up because update after update was not finite" if gave_up else ""
     rate = facts.peak_rate
     lower = short(min(rate / 10, facts.middle_rate or SGD_RATE)) if rate else None
