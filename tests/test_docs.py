@@ -52,6 +52,7 @@ def test_page(page: Path, make_text: MakeText, book_run: Path, tmp_path: Path, m
     Path("plays.txt").write_text(later[:8_000])
     Path("articles.txt").write_text(later[8_000:])
     Path("questions.json").write_text(json.dumps(QUESTIONS))
+    shutil.copyfile(ROOT / "examples/sweeps/quick.yaml", "quick.yaml")
     if page.stem not in MAKES_ITS_RUN:
         shutil.copytree(book_run, "runs/book")
     for language, content in blocks(page):

@@ -31,7 +31,7 @@ LAYERS = [
 
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
-WITHOUT_TORCH = ("config", "findings", "runs", "text", "errors", "schedule")
+WITHOUT_TORCH = ("config", "findings", "runs", "text", "errors", "schedule", "sweep")
 
 
 def modules() -> dict[str, Path]:

@@ -34,6 +34,9 @@ TOKENS = ("tokenizer", "vocab_size", "model", "max_seq_len", "packing")
 """Options that decide which text is held out, what of it is predicted, and as which tokens."""
 
 
+SEPARATORS = "-_=. /"  # between the parts of a name
+
+
 @dataclass(frozen=True)
 class Group:
     """Runs whose options differ only in their seed."""
@@ -134,7 +137,8 @@ def _but_for_the_seed(run: RunInfo) -> Hashable:
 
 def _names_of_groups(names: Sequence[str], groups: Sequence[Sequence[int]]) -> list[str]:
     """What the names of a group's runs begin with, if that tells it from the other groups; else all its names."""
-    beginnings = [_shared_start([names[place] for place in members]).rstrip("-_=. /") for members in groups]
+    starts = [_shared_start([names[place] for place in members]).rstrip(SEPARATORS) for members in groups]
+    beginnings = [start.removesuffix("seed").rstrip(SEPARATORS) or start for start in starts]
     together = [" + ".join(names[place] for place in members) for members in groups]
     return [
         short if short and beginnings.count(short) == 1 else long

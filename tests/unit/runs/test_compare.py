@@ -33,13 +33,13 @@ def test_seeds_of_real_figures(tmp_path: Path) -> None:
     lora = seeds(tmp_path, "lora", {0: 0.8031, 1: 0.8024, 2: 0.8037}, lora=True)
     found = compare([*whole, *lora])
     assert [(group.name, group.members, group.seeds) for group in found.groups] == [
-        ("whole-seed", (0, 1, 2), (0, 1, 2)),
-        ("lora-seed", (3, 4, 5), (0, 1, 2)),
+        ("whole", (0, 1, 2), (0, 1, 2)),
+        ("lora", (3, 4, 5), (0, 1, 2)),
     ]
     assert found.groups[0].val_loss == pytest.approx(0.78533, abs=1e-5)
     assert found.groups[0].deviation == pytest.approx(0.00146, abs=1e-5)
     assert found.verdicts == (
-        "whole-seed is better than lora-seed by 0.0177 nats per token, 0.7853 ± 0.0015 (3) against 0.8031 ± 0.0007 (3);"
+        "whole is better than lora by 0.0177 nats per token, 0.7853 ± 0.0015 (3) against 0.8031 ± 0.0007 (3);"
         " that exceeds the seeds' noise (95 % interval 0.0147 to 0.0208).",
     )
     assert found.options.keys() == {"regime", "lora", "learning_rate", "min_lr", "seed"}
@@ -52,7 +52,7 @@ def test_a_difference_within_the_noise(tmp_path: Path) -> None:
     one = seeds(tmp_path, "one", {0: 1.00, 1: 1.02, 2: 1.04})
     two = seeds(tmp_path, "two", {0: 1.03, 1: 1.01, 2: 1.05}, weight_decay=0.5)
     [verdict] = compare([*one, *two]).verdicts
-    assert "one-seed is better than two-seed by 0.0100" in verdict
+    assert "one is better than two by 0.0100" in verdict
     assert "that is within the seeds' noise" in verdict
 
 
@@ -60,9 +60,9 @@ def test_one_group_lends_its_deviation(tmp_path: Path) -> None:
     one = seeds(tmp_path, "one", {0: 1.00, 1: 1.02, 2: 1.04})
     other = seeds(tmp_path, "other", {0: 0.5}, weight_decay=0.5)
     [verdict] = compare([*one, *other]).verdicts
-    assert verdict.startswith("other-seed-0 is better than one-seed by 0.5200 nats per token, 0.5000 against 1.0200 ±")
+    assert verdict.startswith("other-seed-0 is better than one by 0.5200 nats per token, 0.5000 against 1.0200 ±")
     assert "exceeds" in verdict
-    assert "with the deviation of one-seed for both" in verdict
+    assert "with the deviation of one for both" in verdict
 
 
 def test_without_seeds_it_says_what_to_run(tmp_path: Path) -> None:

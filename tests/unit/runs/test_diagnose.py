@@ -235,7 +235,7 @@ def test_updates_that_were_not_finite(path: Path) -> None:
     run = Run(path, events=skipped(50, 51, 250, rows=[8, 15]), summary={"status": "diverged"})
     finding = one(run.diagnose(), "nan")
     assert finding.level == "error"
-    assert "3 updates were not finite and were left out (steps 50, 51, 250); the run gave up" in finding.message
+    assert "3 updates were not finite and left out (steps 50, 51, 250); the run gave up" in finding.message
     assert "Rows 8 to 15" in finding.remedy
 
 

@@ -1,0 +1,182 @@
+"""A sweep's file as people write it: its form is checked here, its flags in `plan.py`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from seedbed.config import Section
+from seedbed.errors import ConfigError, did_you_mean
+
+Some = Field(min_length=1)
+
+
+class Budget(Section):
+    """How far each run goes; one of the three."""
+
+    max_steps: Any = None
+    max_tokens: Any = None
+    hours: Any = None
+
+    def flags(self) -> dict[str, Any]:
+        """The flags that stand for it."""
+        named = {"max_steps": self.max_steps, "max_tokens": self.max_tokens, "max_training_hours": self.hours}
+        return {name: value for name, value in named.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Budget:
+        if len(self.flags()) != 1:
+            raise ValueError("one of max_steps, max_tokens and hours")
+        return self
+
+
+class Halving(Section):
+    """At each rung, a step, the runs are compared and the worse part of them goes no further."""
+
+    keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share that goes on."""
+    rungs: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Some]
+
+    @model_validator(mode="after")
+    def _rising(self) -> Halving:
+        if list(self.rungs) != sorted(set(self.rungs)):
+            raise ValueError("rungs that rise, such as [50, 100]")
+        return self
+
+
+class SweepFile(Section):
+    """What the file says, before its flags are looked at."""
+
+    verb: Literal["pretrain", "finetune", "continue"]
+    base: dict[str, Any] = Field(default_factory=dict)
+    grid: Annotated[dict[str, Annotated[list[Any], Some]] | None, Some] = None
+    runs: Annotated[dict[str, dict[str, Any]] | None, Some] = None
+    seeds: Annotated[list[Any] | None, Some] = None
+    budget: Budget | None = None
+    halving: Halving | None = None
+
+    @model_validator(mode="after")
+    def _varies(self) -> SweepFile:
+        if self.grid is None and self.runs is None and self.seeds is None:
+            raise ValueError("at least one of grid, runs and seeds: there is nothing that varies")
+        return self
+
+
+def read_sweep_file(path: Path) -> SweepFile:
+    """The sweep in a YAML file.
+
+    Raises:
+        ConfigError: every key that is unknown, stands there twice, or holds something else than was expected.
+    """
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        content = loader.get_single_data()
+    except OSError as error:
+        raise ConfigError(f"{path}: the sweep's file cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected keys such as `verb: finetune` and `grid:`; see docs/sweep.md")
+    problems = [f"{path}, {problem}" for problem in loader.twice]
+    try:
+        file = SweepFile.model_validate(_with_underscores(content))
+    except ValidationError as error:
+        problems += [f"{path}: {_explain(detail)}" for detail in error.errors()]
+        raise ConfigError(problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return file
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 5e-5 is a number and a key that stands twice is remembered as a mistake."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.twice: list[str] = []
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                self.twice.append(f"line {line}: {key.value} stands on line {lines[key.value]} too; leave one out")
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
+def _with_underscores(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """The content with flags as the command line's own names: underscores for hyphens. Names of runs stay."""
+    changed = {str(key): value for key, value in content.items()}
+    for name in ("base", "grid"):
+        if isinstance(changed.get(name), dict):
+            changed[name] = _underscored(changed[name])
+    if isinstance(runs := changed.get("runs"), dict):
+        changed["runs"] = {
+            str(name): _underscored(flags) if isinstance(flags, dict) else flags for name, flags in runs.items()
+        }
+    return changed
+
+
+def _underscored(flags: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(name).replace("-", "_"): value for name, value in flags.items()}
+
+
+KEYS: dict[str, tuple[str, ...]] = {
+    "": tuple(SweepFile.model_fields),
+    "budget": tuple(Budget.model_fields),
+    "halving": tuple(Halving.model_fields),
+}
+
+
+def _explain(detail: Any) -> str:
+    """One of pydantic's findings as a sentence that begins with the place in the file."""
+    *above, last = [str(part) for part in detail["loc"]] or ["the file"]
+    place = ".".join([*above, last])
+    match detail["type"]:
+        case "extra_forbidden":
+            known = KEYS[".".join(above)]
+            return f"unknown key {place}{did_you_mean(last, known) or '; expected ' + ', '.join(known)}"
+        case "missing":
+            return f"{place} is missing; expected {_expected(place)}"
+        case "too_short":
+            return f"{place} is empty; expected at least one"
+        case "value_error":
+            return f"{place}: expected {detail['ctx']['error']}"
+    return f"{place}: expected {_expected(place) or str(detail['msg']).removeprefix('Input should be ')}"
+
+
+def _expected(place: str) -> str:
+    """What stands in a place of the file, where pydantic's own words would be too technical."""
+    match place.split("."):
+        case ["verb"]:
+            return "pretrain, finetune or continue"
+        case ["base"]:
+            return "flags, such as `model: gpt2`"
+        case ["grid"]:
+            return "flags with lists of values, such as `lora_r: [16, 32]`"
+        case ["grid", _]:
+            return "a list of values, such as [16, 32]"
+        case ["runs"]:
+            return "named runs, such as `longer: {epochs: 2}`"
+        case ["runs", _]:
+            return "flags in braces, such as {epochs: 2}; {} for a run that changes nothing"
+        case ["seeds"]:
+            return "a list, such as [0, 1, 2]"
+        case ["budget"]:
+            return "{max_steps: N}, {max_tokens: N} or {hours: H}"
+        case ["halving"]:
+            return "{keep: SHARE, rungs: [STEP, ...]}"
+        case ["halving", "rungs", *_]:
+            return "steps, such as [50, 100]"
+    return ""
