@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def copy_of(run: Path, folder: Path, records: int = 0) -> Path:
     return folder
 
 
-def in_turns(waits: dict[str, Sequence[str]]) -> dict[str, Any]:
+def in_turns(waits: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Seconds of each command, its tries taken in turns with those of the others."""
     tries: dict[str, list[float]] = {name: [] for name in waits}
     for _ in range(TRIES):

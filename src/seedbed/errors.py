@@ -8,7 +8,8 @@
     ├── RunInUseError      5   another process writes to the run folder
     ├── DivergedError      6   the numbers went bad and stayed bad
     ├── OutOfMemoryError   7   not even one sequence fits
-    └── StorageError       8   the disk is full or refuses to write
+    ├── StorageError       8   the disk is full or refuses to write
+    └── JudgeError         2   a judge that cannot be reached, refuses, or is not understood
 
 A message names what, where, what was expected, and the remedy. Mistakes of ours are `assert`s.
 """
@@ -80,6 +81,12 @@ class StorageError(SeedbedError):
     """The disk is full, over quota, read-only or failing."""
 
     exit_code = 8
+
+
+class JudgeError(SeedbedError):
+    """The judge cannot be reached, refuses, or gave no reply that could be used; what it did reply is kept."""
+
+    exit_code = 2
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
