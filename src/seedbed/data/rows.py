@@ -155,7 +155,7 @@ class WholeRows:
             documents, kept = documents[order], kept[order]
         bins = best_fit(kept, max_seq_len) if pack else [[place] for place in range(len(documents))]
         self._rows = [documents[places] for places in bins]
-        self.padding = 1 - int(kept.sum()) / (len(bins) * max_seq_len)
+        self._lengths = np.array([int(kept[places].sum()) for places in bins])  # (rows,)
         self._order: tuple[int, Ints] | None = None
 
     def __len__(self) -> int:
@@ -171,6 +171,13 @@ class WholeRows:
         positions = np.concatenate([np.arange(length) for length in lengths])
         segments = np.repeat(np.arange(len(parts)), lengths)
         return _padded(inputs, labels, positions, segments, self.max_seq_len, self._store.eos_id)
+
+    def padding(self, batch_size: int) -> float:
+        """Share of the places in an epoch's batches that hold nothing; a batch ends with its longest row."""
+        lengths = self._lengths[self._epoch(0)]
+        starts = np.arange(0, len(lengths), batch_size)
+        rows = np.diff(starts, append=len(lengths))
+        return 1 - float(lengths.sum()) / float((np.maximum.reduceat(lengths, starts) * rows).sum())
 
     def _part(self, document: int) -> tuple[Ints, Ints]:
         """Labels and inputs of one document, at most T of each."""

@@ -90,7 +90,7 @@ def _tables(path: Path) -> Iterator[tuple[tuple[str, ...], Floats]]:
 def _chunks(path: Path) -> Iterator[bytes]:
     """The file's whole lines, a few megabytes at a time; what was cut off while it was written is left out."""
     rest = b""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as stream:
         while block := stream.read(CHUNK):
             lines, newline, tail = (rest + block).rpartition(b"\n")
             rest = tail if newline else rest + block

@@ -79,7 +79,7 @@ def ways_of_keeping(keeping: KeepOptions) -> str:
     return ", ".join(words[name].format(value) for name, value in chosen.items() if value) or "nothing (naive)"
 
 
-def describe_corpus(display: Display, corpus: Corpus, texts: Texts) -> None:
+def describe_corpus(display: Display, corpus: Corpus, texts: Texts, batch_size: int) -> None:
     """How much text there is, and what packing or padding does to it."""
     held, rows = corpus.validation, corpus.rows
     size = f"{corpus.num_bytes / 1e6:.2f} MB"
@@ -93,7 +93,7 @@ def describe_corpus(display: Display, corpus: Corpus, texts: Texts) -> None:
     )
     if isinstance(rows, WholeRows):
         cut = f"{rows.truncated_documents:,} {kind} are cut, {rows.truncated_tokens:,} tokens lost"
-        display.line(f"  {rows.padding:.1%} of the places is padding; {cut}")
+        display.line(f"  {rows.padding(batch_size):.1%} of the places is padding; {cut}")
     if texts.are_conversations:
         share = rows.num_targets / max(1, corpus.all_tokens)
         display.line(f"  {share:.1%} of the conversations' tokens are learnt; the rest is only read")

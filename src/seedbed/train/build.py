@@ -66,7 +66,7 @@ def build_job(start: Start, display: Display) -> Job:
     state = restore(checkpoint, model, optimizer, scaler)
     epochs, total_steps = length(config, made.rows)
     schedule = make_schedule(training, total_steps)
-    describe_corpus(display, corpus, made.texts)
+    describe_corpus(display, corpus, made.texts, training.batch_size)
     describe_model(display, model)
     describe_schedule(display, schedule)
     positions = None if config.regime == "scratch" else model.config.max_seq_len
@@ -124,7 +124,7 @@ def facts_of_text(made: Ingredients) -> dict[str, Any]:
         "train_rows": len(rows),
         "tokens_per_epoch": rows.num_targets,
         "steps_per_epoch": steps_per_epoch(made.config.training, rows),
-        "padding": round(whole.padding, 4) if whole else 0.0,
+        "padding": round(whole.padding(made.config.training.batch_size), 4) if whole else 0.0,
         "truncated_documents": whole.truncated_documents if whole else 0,
         "truncated_tokens": whole.truncated_tokens if whole else 0,
         "longest": corpus.longest,

@@ -59,12 +59,10 @@ LIVE = frozenset({"nan", "divergence", "loss_spike", "learning_rate_too_high", "
 
 _CONSEQUENCES = {
     "learning_rate_too_high": (
-        "nan", "divergence", "loss_spike", "no_warmup", "plateau", "under_training", "clipping", "repetition",
-        "train_validation_mismatch",
+        "loss_spike", "no_warmup", "plateau", "under_training", "clipping", "repetition", "train_validation_mismatch",
     ),
-    "nan": ("divergence", "loss_spike", "no_warmup", "plateau", "under_training", "clipping"),
+    "nan": ("loss_spike", "no_warmup", "plateau", "under_training", "clipping"),
     "divergence": ("loss_spike", "plateau", "under_training", "clipping", "train_validation_mismatch"),
-    "long_warmup": ("under_training", "no_warmup"),
     "learning_rate_too_low": ("plateau", "under_training", "lora_capacity", "repetition"),
     "lora_capacity": ("plateau",),
     "overfitting": ("under_training", "plateau"),

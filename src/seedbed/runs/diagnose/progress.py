@@ -24,6 +24,7 @@ ENOUGH_VALIDATIONS = 4  # to say that they are flat
 FAR_BELOW = 3.0  # times below the bottom of the range
 SMALL_RANK = 16
 CLOSE = 0.05  # share by which held-out text differs from training text of the same kind
+STILL_FALLING = 0.01  # share by which a validation loss fell before it turned
 ONLY_JUST = 0.01  # share above its best at which a validation loss has only just turned
 
 
@@ -78,7 +79,7 @@ def lora_capacity(facts: Facts) -> Iterator[Finding]:
     if not facts.with_lora or rank is None or rank > SMALL_RANK or flat is None or not len(facts.val):
         return
     held_out, train = float(facts.val.values[-1]), float(facts.curve.level[-3:].mean())
-    if abs(held_out - train) > CLOSE * train or max(facts.times_too_low, facts.times_too_high) > 1:
+    if held_out > (1 + CLOSE) * train or max(facts.times_too_low, facts.times_too_high) > 1:
         return
     begins, level = flat
     more = 4 * int(rank)
@@ -99,9 +100,10 @@ def under_training(facts: Facts) -> Iterator[Finding]:
     gain = gain_of_last_quarter(facts)
     if gain is None or gain < WORTH_MORE:
         return
+    falls_last = facts.run.options.get("lr_schedule") == "wsd"  # whose last fifth always lowers the loss
     yield Finding(
         "under_training",
-        "warning" if gain >= WORTH_MUCH_MORE and facts.finished else "note",
+        "warning" if gain >= WORTH_MUCH_MORE and facts.finished and not falls_last else "note",
         f"the loss was still falling when the run ended at step {facts.steps:,.0f}: by {gain:.1%} in its last quarter"
         f"{_why_cut(facts)}",
         {"gain_of_last_quarter": gain, "steps": facts.steps, "total_steps": facts.total_steps},
@@ -118,7 +120,7 @@ def stopped_too_soon(facts: Facts) -> Iterator[Finding]:
     since = len(val) - 1 - best
     before = val.values[max(0, best - since)]
     rise, fall = float(val.values[-1] - val.values[best]), float(before - val.values[best])
-    if since == 0 or fall < FLAT * val.values[best] or rise > min(ONLY_JUST * val.values[best], fall / 2):
+    if since == 0 or fall < STILL_FALLING * val.values[best] or rise > min(ONLY_JUST * val.values[best], fall / 2):
         return
     yield Finding(
         "stopped_too_soon",

@@ -15,6 +15,7 @@ from seedbed.runs.diagnose.facts import FIRST_RECORDS, Facts, rows_of, short, ti
 
 FEW_STRETCHES = 6  # of five records; below that a curve has no shape
 FEW_STEPS = 20  # of which a schedule is of no consequence
+JUMPED = 3.0  # deviations of a single loss, by which several of the first steps stand above the first
 LASTING = 0.1  # share of the run after the peak that makes a climb more than a spike
 FAR_ABOVE = 2.0  # times the top of the range
 CLIMBED = 3.0  # standard errors, of several stretches together
@@ -55,23 +56,24 @@ def learning_rate_too_high(facts: Facts) -> Iterator[Finding]:
 
 
 def divergence(facts: Facts) -> Iterator[Finding]:
-    """The training loss ends far above its lowest, and was still rising."""
+    """The training loss ends far above its lowest and was still rising, or far above where it began."""
     curve = facts.curve
     if len(curve) < FEW_STRETCHES:
         return
-    pairs = (curve.level[1:] + curve.level[:-1]) / 2  # one stretch alone may be of odd batches
-    lowest, last = int(pairs.argmin()), float(pairs[-1])
-    best = float(pairs[lowest])
-    rising = last >= pairs[-2] - curve.error and last > pairs[len(pairs) * 3 // 4]
-    if last - best <= max(curve.margin, 0.1 * best) or not rising:
+    lowest, last = int(curve.level.argmin()), float(curve.level[-1])
+    best = float(curve.level[lowest])
+    rising = last >= curve.level[-2] - curve.error and last > curve.level[len(curve) * 3 // 4 - 1]
+    beyond = last > 1.1 * facts.first_loss + curve.margin
+    if last - best <= max(curve.margin, 0.1 * best) or not (rising or beyond):
         return
     step = int(curve.step[lowest])
     rate = facts.peak_rate
     lower = f"Set --learning_rate {short(rate / 3)}{_gentler(facts)}." if rate else f"Lower it{_gentler(facts)}."
+    what = "rises" if rising else f"ends above the {facts.first_loss:.3f} where it began"
     yield Finding(
         "divergence",
         "error",
-        f"the training loss rises: it was {best:.3f} around step {step:,} and is {last:.3f} at step "
+        f"the training loss {what}: it was {best:.3f} around step {step:,} and is {last:.3f} at step "
         f"{facts.steps:,.0f}; the updates have become larger than the weights can take",
         {"lowest": best, "lowest_step": step, "last": last, "steps": facts.steps, "learning_rate": rate},
         f"{lower}{_weights_before(facts, step)}",
@@ -111,7 +113,7 @@ def no_warmup(facts: Facts) -> Iterator[Finding]:
         return
     soon = loss[1 : 1 + max(FIRST_RECORDS, len(loss) // 20)]
     jump = float(np.median(np.sort(soon)[-3:]) - loss[0])
-    jumped = jump > max(CLEAR * deviation(loss), 0.05 * loss[0])
+    jumped = jump > max(JUMPED * deviation(loss), 0.05 * loss[0])
     kicked = len(norm) == len(loss) and bool(
         norm[1 : 2 * FIRST_RECORDS].max() > MUCH_LARGER * max(norm[0], np.median(norm))
     )
