@@ -7,9 +7,14 @@ from typing import Any
 import click
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
-from seedbed.cli.options import Verb, layers, sections
-from seedbed.cli.training import CONTINUING, FINETUNING, config_option
-from seedbed.config import REGIME_SECTIONS, TRAINED_HERE, option_names, resolve
+from seedbed.cli.options import config_option, from_option, layers, sections
+from seedbed.cli.training import CONTINUING, FINETUNING
+from seedbed.cli.verb import Verb
+from seedbed.config import REGIME_SECTIONS, TRAINED_HERE, resolve
+
+memory_limit_option = click.option(
+    "--memory_limit", metavar="SIZE", help="Find the largest batch that fits into so much, such as 8GB."
+)
 
 
 @click.group()
@@ -17,19 +22,19 @@ def plan() -> None:
     """What a run would take, before it starts."""
 
 
-@plan.command("pretrain", cls=Verb, epilog="Example: seedbed plan pretrain --model gpt2-medium")
+@plan.command("pretrain", cls=Verb, epilog="Example: seedbed plan pretrain --model gpt2-medium --memory_limit 16GB")
 @config_option
+@from_option
 @json_option
+@memory_limit_option
 @sections(*REGIME_SECTIONS["scratch"])
 @click.pass_context
-def plan_pretrain(ctx: click.Context, /, config: str | None, as_json: bool, **_flags: Any) -> None:
-    """The parameters of a model and the memory that they take; needs no data and no weights."""
-    from seedbed.train.plan import plan_pretraining
+def plan_pretrain(ctx: click.Context, /, as_json: bool, memory_limit: str | None, **_flags: Any) -> int:
+    """Memory, speed and disk of a model; with --data, how long the run takes and what may go wrong.
 
-    resolved = resolve("scratch", layers(ctx, option_names("scratch"), config))
-    facts = plan_pretraining(resolved)
-    assumed = resolved.data.vocab_size is None and resolved.data.tokenizer in TRAINED_HERE
-    _print_plan(facts, as_json, " (assumed; see --vocab_size)" if assumed else "")
+    With --strict the exit code is 2 when there is a warning.
+    """
+    return _plan("scratch", ctx, as_json, memory_limit)
 
 
 @plan.command(
@@ -38,57 +43,80 @@ def plan_pretrain(ctx: click.Context, /, config: str | None, as_json: bool, **_f
     epilog="Example: seedbed plan finetune --model gpt2-medium --lora --lora_r 16 --lora_targets all-linear,head",
 )
 @config_option
+@from_option
 @json_option
+@memory_limit_option
 @sections(*REGIME_SECTIONS["finetune"], regimes=FINETUNING)
 @click.pass_context
-def plan_finetune(ctx: click.Context, /, config: str | None, as_json: bool, **_flags: Any) -> int:
-    """What would be trained and what may go wrong; with --data, what is in the data. Reads no weights.
+def plan_finetune(ctx: click.Context, /, as_json: bool, memory_limit: str | None, **_flags: Any) -> int:
+    """What would be trained, what it takes and what may go wrong; with --data, what is in the data. Reads no weights.
 
     With --strict the exit code is 2 when there is a warning.
     """
-    return _plan_adapting("finetune", ctx, config, as_json)
+    return _plan("finetune", ctx, as_json, memory_limit)
 
 
 @plan.command(
     "continue", cls=Verb, epilog="Example: seedbed plan continue --model runs/book --data law.txt --domain law"
 )
 @config_option
+@from_option
 @json_option
+@memory_limit_option
 @sections(*REGIME_SECTIONS["continue"], regimes=CONTINUING)
 @click.pass_context
-def plan_continue(ctx: click.Context, /, config: str | None, as_json: bool, **_flags: Any) -> int:
-    """What would be trained and what may go wrong with a domain added; of the new text alone, without replay."""
-    return _plan_adapting("continue", ctx, config, as_json)
+def plan_continue(ctx: click.Context, /, as_json: bool, memory_limit: str | None, **_flags: Any) -> int:
+    """What a domain more would take and what may go wrong; of the new text alone, without replay."""
+    return _plan("continue", ctx, as_json, memory_limit)
 
 
-def _plan_adapting(regime: str, ctx: click.Context, config: str | None, as_json: bool) -> int:
-    from seedbed.train.plan import plan_finetuning
+def _plan(regime: str, ctx: click.Context, as_json: bool, memory_limit: str | None) -> int:
+    from seedbed.train.plan import plan_run
     from seedbed.train.progress import Display
 
-    resolved = resolve(regime, layers(ctx, option_names(regime), config))
-    display = Display(make_console(as_json), resolved.watching.log_every)
-    facts = plan_finetuning(resolved, display)
-    _print_plan(facts, as_json)
-    fatal = ("error", "warning") if resolved.watching.strict else ("error",)
+    config = resolve(regime, layers(ctx, regime))
+    display = Display(make_console(as_json), config.watching.log_every)
+    facts = plan_run(config, display, memory_limit)
+    if as_json:
+        print_json(facts)
+    else:
+        assumed = regime == "scratch" and config.data.data is None and config.data.vocab_size is None
+        _print_plan(facts, assumed and config.data.tokenizer in TRAINED_HERE)
+    fatal = ("error", "warning") if config.watching.strict else ("error",)
     return 2 if any(finding["level"] in fatal for finding in facts["findings"]) else 0
 
 
-def _print_plan(facts: dict[str, Any], as_json: bool, vocabulary_remark: str = "") -> None:
-    if as_json:
-        print_json(facts)
-        return
-    parameters, trainable = facts["parameters"], facts["trainable_parameters"]
+def _print_plan(facts: dict[str, Any], vocabulary_assumed: bool) -> None:
+    from seedbed.train.progress import duration
+
+    parameters, trainable, memory = facts["parameters"], facts["trainable_parameters"], facts["memory_mb"]
+    print_facts(
+        {
+            "Parameters": f"{parameters:,}",
+            "Trainable": f"{trainable:,}" + (f" ({trainable / parameters:.2%})" if trainable != parameters else ""),
+            "Weights": f"{facts['parameters_mb']:,.1f} MB in float32",
+            "Vocabulary": f"{facts['vocab_size']:,}{' (assumed; see --vocab_size)' if vocabulary_assumed else ''}",
+            "Device": f"{facts['device']}, {facts['precision']}",
+        }
+    )
+    click.echo("\nMemory (MB)")
+    print_facts({f"  {name.capitalize()}": f"{size:10,.0f}" for name, size in memory.items()})
+    click.echo()
     rows: dict[str, object] = {
-        "Parameters": f"{parameters:,}",
-        "Trainable": f"{trainable:,} ({trainable / parameters:.2%})" if trainable != parameters else f"{trainable:,}",
-        "Weights": f"{facts['parameters_mb']:,.1f} MB in float32",
-        "Vocabulary": f"{facts['vocab_size']:,}{vocabulary_remark}",
+        "A step": f"{facts['step_seconds']:.3g} s, {facts['tokens_per_second']:,.0f} tokens/s",
+        "Checkpoints": f"{facts['disk_mb']:,.0f} MB on disk",
     }
-    if "steps" in facts:
+    if facts["tokens"] is not None:
         rows["Tokens learnt an epoch"] = f"{facts['tokens']:,}"
         rows["Steps an epoch"] = f"{facts['steps_per_epoch']:,}"
         rows["Steps"] = "until the hours run out" if facts["steps"] is None else f"{facts['steps']:,}"
+        rows["Time to the first result"] = duration(facts["first_result_hours"])
+        rows["Time to the end"] = duration(facts["hours"])
+    if facts["flops"] is not None:
+        rows["Arithmetic"] = f"{facts['flops']:.3g} FLOPs"
     print_facts(rows)
-    for finding in facts.get("findings", []):
+    if "fitting" in facts:
+        click.echo(f"\n{facts['fitting']}")
+    for finding in facts["findings"]:
         level = finding["level"].capitalize()
         click.echo(f"\n{level} ({finding['name']}): {finding['message']}. {finding['remedy']}")

@@ -16,17 +16,19 @@ from seedbed.data import WholeRows
 from seedbed.data.conversations import from_document
 from seedbed.device import pick_device, pick_precision
 from seedbed.errors import ConfigError
-from seedbed.findings import sift
+from seedbed.findings import Finding, sift
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder
 from seedbed.optim import build_optimizer, load_optimizer_tensors
 from seedbed.runs.folder import RECORD_FILES
+from seedbed.schedule import Schedule
 from seedbed.text.template import Template
 from seedbed.train.announce import describe_corpus, describe_findings, describe_model, describe_schedule
 from seedbed.train.board import Board
 from seedbed.train.continual import from_earlier_model
 from seedbed.train.corpus import keep_tokenizer
 from seedbed.train.finetune import from_pretrained_weights, hold_frozen
+from seedbed.train.forecast import Forecast, describe_forecast, forecast_run
 from seedbed.train.ingredients import Ingredients
 from seedbed.train.job import Job, Prompt
 from seedbed.train.length import length, make_schedule, steps_per_epoch
@@ -66,15 +68,8 @@ def build_job(start: Start, display: Display) -> Job:
     state = restore(checkpoint, model, optimizer, scaler)
     epochs, total_steps = length(config, made.rows)
     schedule = make_schedule(training, total_steps)
-    describe_corpus(display, corpus, made.texts, training.batch_size)
-    describe_model(display, model)
-    describe_schedule(display, schedule)
-    positions = None if config.regime == "scratch" else model.config.max_seq_len
-    findings = look_ahead(config, made.texts, corpus, schedule, positions)
-    findings = sift(findings, strict=watching.strict, allow=watching.allow)
-    describe_findings(display, findings)
-    display.line()
-    display.line("Starting training...")
+    expected = forecast_run(made, optimizer, state, total_steps)
+    findings = say_what_comes(display, made, schedule, expected)
 
     run.truncate(state.records or dict.fromkeys(RECORD_FILES, 0))
     keep_tokenizer(made.tokenizer, run.path)
@@ -103,8 +98,32 @@ def build_job(start: Start, display: Display) -> Job:
         parent=start.config.parent or start.parent or (None if config.regime == "scratch" else config.model.model),
         sample=sample,
         keeping=made.keeping,
-        facts={"shape": facts_of_shape(model.config), "text": facts_of_text(made)},
+        facts={
+            "shape": facts_of_shape(model.config),
+            "text": facts_of_text(made),
+            "forecast": expected.to_summary(),
+        },
     )
+
+
+def say_what_comes(display: Display, made: Ingredients, schedule: Schedule, expected: Forecast) -> list[Finding]:
+    """The first screen: text, model, schedule, forecast, and what may go wrong, which is returned.
+
+    Raises:
+        ConfigError: what is wrong beyond a warning; with `--strict` a warning too.
+    """
+    config, model = made.config, made.model
+    describe_corpus(display, made.corpus, made.texts, config.training.batch_size)
+    describe_model(display, model)
+    describe_schedule(display, schedule)
+    describe_forecast(display, expected)
+    positions = None if config.regime == "scratch" else model.config.max_seq_len
+    findings = [*look_ahead(config, made.texts, made.corpus, schedule, positions), *expected.findings()]
+    findings = sift(findings, strict=config.watching.strict, allow=config.watching.allow)
+    describe_findings(display, findings)
+    display.line()
+    display.line("Starting training...")
+    return findings
 
 
 def facts_of_shape(shape: DecoderConfig) -> dict[str, Any]:

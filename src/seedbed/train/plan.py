@@ -2,100 +2,123 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from seedbed.config import TRAINED_HERE, Config, TrainingOptions
+from seedbed.config import TRAINED_HERE, Config
 from seedbed.data import WholeRows
 from seedbed.data.conversations import from_document
 from seedbed.data.lint import NAMES as LINT_NAMES
 from seedbed.data.lint import lint, lint_texts
 from seedbed.data.overlap import NAME as OVERLAP
+from seedbed.device import describe, pick_device, pick_precision
 from seedbed.findings import Finding, check_allowed
-from seedbed.freeze import freeze
-from seedbed.lora import num_trainable
-from seedbed.model.config import DecoderConfig
-from seedbed.model.decoder import Decoder, num_parameters
+from seedbed.model.decoder import num_parameters
 from seedbed.schedule import Schedule
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.corpus import Corpus, Texts
-from seedbed.train.finetune import Prepared, base_folder, fit_context, make_adapter, planned_shape, prepare
+from seedbed.train.finetune import base_folder, fit_context, planned_shape, prepare
+from seedbed.train.footprint import parse_size
+from seedbed.train.forecast import NAME as MEMORY
+from seedbed.train.forecast import fitting, forecast
 from seedbed.train.guardrails import NAMES as GUARDRAIL_NAMES
 from seedbed.train.guardrails import Facts, check
+from seedbed.train.length import length, make_schedule, steps_per_epoch
 from seedbed.train.memory import known_stages, trained_with
 from seedbed.train.methods import inherit_learning_rate
 from seedbed.train.progress import Display
-from seedbed.train.scratch import ASSUMED_VOCAB, decoder_config
+from seedbed.train.scratch import ASSUMED_VOCAB, decoder_config, read_own_texts
+from seedbed.train.workload import Workload
 
 
-def plan_pretraining(config: Config) -> dict[str, Any]:
-    """The parameters of the model and the memory that they take; needs no data and no weights."""
-    tokenizer = config.data.tokenizer
-    assert tokenizer is not None
-    if tokenizer in TRAINED_HERE:
-        vocab_size = config.data.vocab_size or ASSUMED_VOCAB
-    else:
-        vocab_size = Tokenizer.load(tokenizer).vocab_size
-    parameters = num_parameters(decoder_config(config.model, config.data, vocab_size))
-    return {
-        "parameters": parameters,
-        "trainable_parameters": parameters,
-        "parameters_mb": round(parameters * 4 / 2**20, 2),
-        "vocab_size": vocab_size,
-    }
+@dataclass(frozen=True)
+class _Planned:
+    """A run as far as it can be known without its weights."""
+
+    workload: Workload
+    vocab_size: int
+    parameters: int
+    findings: list[Finding]
 
 
-def plan_finetuning(config: Config, display: Display) -> dict[str, Any]:
-    """Parameters before and after, and the findings of the guardrails; with `--data`, of the data as well.
+def plan_run(config: Config, display: Display, memory_limit: str | None = None) -> dict[str, Any]:
+    """What a run will be and take, and what may go wrong; with `--data`, of the data as well.
 
-    Without data a preset's name is enough for `--model`, and no weights are read in any case.
+    No weights are read; a preset's name or a folder with a `config.json` is enough for `--model`.
+
+    Args:
+        config: the run's, as resolved.
+        display: shows what takes a while.
+        memory_limit: such as 8GB; the largest batch that fits is found for it.
+
+    Raises:
+        SeedbedError: what would stop the run.
     """
     require_known_findings(config)
-    prepared = None
-    if config.data.data is None:
-        shape = planned_shape(config.model.model)
-        config = fit_context(config, shape)
-    else:
-        if config.continues:
-            origin = known_stages(base_folder(config.model.model), config.keeping.rollback_to)[1]
-            config = inherit_learning_rate(config, origin)
-        prepared = prepare(config, base_folder(config.model.model), display, None, None)
-        config, shape = prepared.config, prepared.shape
-    parameters = num_parameters(shape)
+    limit = None if memory_limit is None else parse_size(memory_limit)
+    device = pick_device(config.training.device)
+    precision = pick_precision(config.training.precision, device)
+    config = config.update("this machine", precision=precision)
+    planned = _pretraining(config, display) if config.regime == "scratch" else _finetuning(config, display)
+    with display.working("Measuring"):
+        expected = forecast(planned.workload)
+    findings = [*planned.findings, *expected.findings()]
     return {
-        "parameters": parameters,
-        "trainable_parameters": _trainable(config, shape),
-        "parameters_mb": round(parameters * 4 / 2**20, 2),
-        "vocab_size": shape.vocab_size,
-        **_run_of(config, shape, prepared),
-    }
-
-
-def _trainable(config: Config, shape: DecoderConfig) -> int:
-    if config.with_lora:
-        return num_trainable(shape, make_adapter(shape, config.adapt))
-    with torch.device("meta"):
-        model = Decoder(shape)
-    freeze(model, config.adapt.freeze, config.adapt.last_blocks)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _run_of(config: Config, shape: DecoderConfig, prepared: Prepared | None) -> dict[str, Any]:
-    if prepared is None:
-        facts = Facts(config, model_max_seq_len=shape.max_seq_len)
-        return {"findings": _shown(config, check(facts))}
-    training, rows = config.training, prepared.corpus.rows
-    _, steps = length(config, len(rows))
-    schedule = make_schedule(training, steps)
-    findings = look_ahead(config, prepared.texts, prepared.corpus, schedule, shape.max_seq_len)
-    return {
-        "tokens": rows.num_targets,
-        "steps_per_epoch": math.ceil(len(rows) / (training.batch_size * training.grad_accumulation)),
-        "steps": steps,
+        "parameters": planned.parameters,
+        "trainable_parameters": expected.trainable_parameters,
+        "parameters_mb": round(planned.parameters * 4 / 2**20, 2),
+        "vocab_size": planned.vocab_size,
+        "device": describe(device),
+        "precision": precision,
+        **expected.to_json(),
+        **({} if limit is None else fitting(expected, limit).to_json()),
         "findings": _shown(config, findings),
     }
+
+
+def _pretraining(config: Config, display: Display) -> _Planned:
+    data, tokenizer = config.data, config.data.tokenizer
+    assert tokenizer is not None
+    if data.data is None:
+        trained_here = tokenizer in TRAINED_HERE
+        vocab_size = (data.vocab_size or ASSUMED_VOCAB) if trained_here else Tokenizer.load(tokenizer).vocab_size
+        shape = decoder_config(config.model, data, vocab_size)
+        return _Planned(Workload(config, shape), vocab_size, num_parameters(shape), check(Facts(config)))
+    decoder_config(config.model, data, data.vocab_size or ASSUMED_VOCAB)  # contradictions first
+    read = read_own_texts(config, display, None, None)
+    shape = decoder_config(config.model, data, read.tokenizer.vocab_size)
+    workload, findings = _with_rows(Workload(config, shape), read.texts, read.corpus, None)
+    return _Planned(workload, shape.vocab_size, num_parameters(shape), findings)
+
+
+def _finetuning(config: Config, display: Display) -> _Planned:
+    model = config.model.model
+    if config.data.data is None:
+        shape = planned_shape(model)
+        config = fit_context(config, shape)
+        findings = check(Facts(config, model_max_seq_len=shape.max_seq_len))
+        return _Planned(Workload(config, shape), shape.vocab_size, num_parameters(shape), findings)
+    folder = base_folder(model)
+    if config.continues:
+        config = inherit_learning_rate(config, known_stages(folder, config.keeping.rollback_to)[1])
+    made = prepare(config, folder, display, None, None)
+    grown = replace(made.shape, vocab_size=max(made.shape.vocab_size, made.tokenizer.vocab_size))
+    stored = float(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    workload = Workload(made.config, grown, stored_bytes=stored)
+    workload, findings = _with_rows(workload, made.texts, made.corpus, made.shape.max_seq_len)
+    return _Planned(workload, made.shape.vocab_size, num_parameters(made.shape), findings)
+
+
+def _with_rows(
+    workload: Workload, texts: Texts, corpus: Corpus, model_max_seq_len: int | None
+) -> tuple[Workload, list[Finding]]:
+    """The run with its rows and its length, and what the guardrails say of it."""
+    config, held = workload.config, corpus.validation
+    _, steps = length(config, corpus.rows)
+    schedule = make_schedule(config.training, steps)
+    findings = look_ahead(config, texts, corpus, schedule, model_max_seq_len)
+    held_out = () if held is None else (held.rows,)
+    return replace(workload, rows=corpus.rows, held_out=held_out, steps=steps), findings
 
 
 def _shown(config: Config, findings: list[Finding]) -> list[dict[str, Any]]:
@@ -105,7 +128,7 @@ def _shown(config: Config, findings: list[Finding]) -> list[dict[str, Any]]:
 
 def require_known_findings(config: Config) -> None:
     """Raise ConfigError when `--allow` names what is no finding."""
-    check_allowed(config.watching.allow, (*GUARDRAIL_NAMES, *LINT_NAMES, OVERLAP))
+    check_allowed(config.watching.allow, (*GUARDRAIL_NAMES, *LINT_NAMES, OVERLAP, MEMORY))
 
 
 def look_ahead(
@@ -120,7 +143,7 @@ def look_ahead(
         total_steps=schedule.total_steps,
         warmup_steps=schedule.warmup_steps,
         documents=corpus.num_documents,
-        steps_per_epoch=math.ceil(len(rows) / (config.training.batch_size * config.training.grad_accumulation)),
+        steps_per_epoch=steps_per_epoch(config.training, rows),
         truncated=rows.truncated_documents if isinstance(rows, WholeRows) else 0,
         untrained=rows.untrained_documents if isinstance(rows, WholeRows) else 0,
         longest=corpus.longest if isinstance(rows, WholeRows) else None,
@@ -138,34 +161,3 @@ def look_ahead(
         return findings + lint_texts(train, held_out, rows=numbers, validation_rows=held_out_numbers)
     conversations, questions = map(from_document, train), map(from_document, held_out)
     return findings + lint(conversations, questions, rows=numbers, validation_rows=held_out_numbers)
-
-
-def length(config: Config, num_rows: int) -> tuple[int | None, int | None]:
-    """Epochs and steps of the run; None where only the clock ends it.
-
-    A regime's number of epochs gives way to a limit the user chose: steps, or hours with `cosine_time`.
-    """
-    training = config.training
-    steps_per_epoch = math.ceil(num_rows / (training.batch_size * training.grad_accumulation))
-    limited = training.max_steps is not None or training.lr_schedule == "cosine_time"
-    if limited and not config.is_given("epochs"):
-        return None, training.max_steps
-    steps = training.epochs * steps_per_epoch
-    return training.epochs, min(steps, training.max_steps or steps)
-
-
-def make_schedule(options: TrainingOptions, total_steps: int | None) -> Schedule:
-    """The learning rate's way; a floor that was not chosen never stands above the peak."""
-    by_time = options.lr_schedule == "cosine_time"
-    ratio = options.warmup_ratio or 0.0
-    steps = options.warmup_steps
-    if steps is None:
-        steps = 0 if by_time else round(ratio * (total_steps or 0))
-    return Schedule(
-        kind=options.lr_schedule,
-        peak=options.learning_rate,
-        minimum=min(options.min_lr, options.learning_rate),
-        warmup_steps=steps,
-        warmup_ratio=ratio if by_time else 0.0,
-        total_steps=total_steps,
-    )

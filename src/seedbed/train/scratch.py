@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,9 +14,10 @@ from seedbed.errors import ConfigError
 from seedbed.model.config import DecoderConfig, from_scratch
 from seedbed.model.decoder import Decoder, num_parameters
 from seedbed.model.weights import load_decoder, read_config
+from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.announce import banner
-from seedbed.train.corpus import make_tokenizer, open_texts, require_a_row, tokenize
+from seedbed.train.corpus import Corpus, Texts, make_tokenizer, open_texts, require_a_row, tokenize
 from seedbed.train.ingredients import Ingredients, require_room, saved_tokenizer, template_for, with_template
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
@@ -26,21 +27,45 @@ ASSUMED_VOCAB = 8000
 
 def from_random_weights(start: Start, config: Config, display: Display) -> Ingredients:
     """Texts, tokenizer and rows as the options have them, and fresh weights or those of the checkpoint."""
-    data, seed = config.data, config.training.seed
+    data = config.data
     decoder_config(config.model, data, data.vocab_size or ASSUMED_VOCAB)  # contradictions first
+    own = read_own_texts(config, display, saved_tokenizer(start), start.run.path)
+    shape = decoder_config(config.model, data, own.tokenizer.vocab_size)
+    parameters = num_parameters(shape)
+    require_room(start.run.path, parameters, parameters, adapter=False)
+    model = initial_model(shape, start.checkpoint, own.tokenizer, config.training.seed)
+    return Ingredients(
+        with_shape(config, shape), own.texts, own.tokenizer, own.template, own.corpus, model, own.corpus.rows
+    )
+
+
+@dataclass(frozen=True)
+class OwnTexts:
+    """All of a run from scratch that needs no weights."""
+
+    texts: Texts
+    tokenizer: Tokenizer
+    template: Template | None
+    corpus: Corpus
+
+
+def read_own_texts(config: Config, display: Display, saved: Tokenizer | None, run: Path | None) -> OwnTexts:
+    """Texts, tokenizer and rows as the options have them; with a run, its banner is shown.
+
+    Raises:
+        ConfigError, DataError: what is wrong with the options or the text.
+    """
+    data = config.data
     texts = open_texts(data)
     require_a_row(texts, data.max_seq_len)
-    banner(display, config, texts, start.run.path)
-    tokenizer = saved_tokenizer(start) or make_tokenizer(data, texts, display)
+    if run is not None:
+        banner(display, config, texts, run)
+    tokenizer = saved or make_tokenizer(data, texts, display)
     template = template_for(config, texts, tokenizer)
     tokenizer = with_template(tokenizer, template)
     template = template_for(config, texts, tokenizer)  # under the tokenizer that knows its tokens
-    corpus = tokenize(texts, Reading(tokenizer, template, data.train_on_prompt), data, seed, display)
-    shape = decoder_config(config.model, data, tokenizer.vocab_size)
-    parameters = num_parameters(shape)
-    require_room(start.run.path, parameters, parameters, adapter=False)
-    model = initial_model(shape, start.checkpoint, tokenizer, seed)
-    return Ingredients(with_shape(config, shape), texts, tokenizer, template, corpus, model, corpus.rows)
+    corpus = tokenize(texts, Reading(tokenizer, template, data.train_on_prompt), data, config.training.seed, display)
+    return OwnTexts(texts, tokenizer, template, corpus)
 
 
 def decoder_config(model: ModelOptions, data: DataOptions, vocab_size: int) -> DecoderConfig:

@@ -145,9 +145,9 @@ FLAGS: dict[str, set[str]] = {
     "pretrain": {"--config", "--from", "--json"} | EVERY_TRAINING_FLAG,
     "finetune": {"--config", "--from", "--json"} | FINETUNE,
     "continue": {"--config", "--from", "--json"} | FINETUNE | KEEP,
-    "plan continue": {"--config", "--from", "--json"} | FINETUNE | KEEP,
-    "plan pretrain": {"--config", "--from", "--json"} | EVERY_TRAINING_FLAG,
-    "plan finetune": {"--config", "--from", "--json"} | FINETUNE,
+    "plan continue": {"--config", "--from", "--json", "--memory_limit"} | FINETUNE | KEEP,
+    "plan pretrain": {"--config", "--from", "--json", "--memory_limit"} | EVERY_TRAINING_FLAG,
+    "plan finetune": {"--config", "--from", "--json", "--memory_limit"} | FINETUNE,
     "evaluate": {
         "--model",
         "--domain",
@@ -170,7 +170,36 @@ FLAGS: dict[str, set[str]] = {
     "tokenizer show": {"--text", "--data", "--json"},
     "data list": {"--json"},
     "data show": {"--num", "--model", "--json"} | DATA,
+    "runs list": {"--columns", "--sort", "--filter", "--format", "--json"},
     "runs show": {"--lineage", "--baseline", "--json"},
+    "runs compare": {"--axis", "--markdown", "--report", "--json"},
+    "runs note": set(),
+    "runs report": {"--output"},
+    "diagnose": {"--json"},
+    "sweep": {"--output", "--at_once", "--dry_run", "--json"},
+    "judge": {
+        "--model",
+        "--data",
+        "--format",
+        "--chat_template",
+        "--limit",
+        "--baseline",
+        "--against",
+        "--output",
+        "--batch_size",
+        "--device",
+        "--judge",
+        "--judge_url",
+        "--judge_model",
+        "--judge_temperature",
+        "--judge_concurrency",
+        "--judge_timeout",
+        "--judge_retries",
+        "--judge_price",
+        "--repeats",
+        "--json",
+    }
+    | SAMPLING,
     "import": {"--output", "--dtype", "--json"},
     "export": {"--model", "--merge", "--output", "--json"},
     "verify": {"--json"},
@@ -215,11 +244,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_hyphens_work_like_underscores(capsys: pytest.CaptureFixture[str]) -> None:
     shape = ["--vocab_size", "300", "--model", "tiny", "--json"]
     assert run(["plan", "pretrain", "--d_model", "48", "--no_tie_embeddings", *shape]) == 0
-    underscores = capsys.readouterr().out
-    assert run(["plan", "pretrain", "--d-model", "48", "--no-tie-embeddings", *shape]) == 0
-    assert capsys.readouterr().out == underscores
-    assert run(["plan", "pretrain", "--d-model=48", "--no-tie_embeddings", *shape]) == 0
-    assert capsys.readouterr().out == underscores
+    underscores = json.loads(capsys.readouterr().out)["parameters"]
+    for flags in (["--d-model", "48", "--no-tie-embeddings"], ["--d-model=48", "--no-tie_embeddings"]):
+        assert run(["plan", "pretrain", *flags, *shape]) == 0
+        assert json.loads(capsys.readouterr().out)["parameters"] == underscores
 
 
 def test_every_unknown_flag_is_listed_with_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
