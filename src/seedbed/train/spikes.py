@@ -74,6 +74,7 @@ class MeasuredRow:
     nats: float
     length: int
     input_ids: Tensor
+    """(T,) as wide as its micro-batch."""
 
     @property
     def loss(self) -> float:
@@ -88,7 +89,7 @@ def look_at_spike(job: Job, step: int) -> dict[str, Any]:
     """
     first = step % job.steps_per_epoch * job.rows_per_step
     rows = measured_rows(job, step, job.precision)
-    nats, places = sum(row.nats for row in rows), len(rows) * job.rows.max_seq_len
+    nats, places = sum(row.nats for row in rows), sum(len(row.input_ids) for row in rows)
     worst = sorted(rows, key=lambda row: -row.loss)[:ROWS_NAMED]
     in_float32 = None if job.precision == "fp32" else _loss(measured_rows(job, step, "fp32"))
     return {

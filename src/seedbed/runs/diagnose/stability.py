@@ -15,7 +15,7 @@ from seedbed.runs.diagnose.facts import FIRST_RECORDS, Facts, rows_of, short, ti
 
 FEW_STRETCHES = 6  # of five records; below that a curve has no shape
 FEW_STEPS = 20  # of which a schedule is of no consequence
-JUMPED = 3.0  # deviations of a single loss, by which several of the first steps stand above the first
+JUMPED = 4.0  # deviations of a single loss, by which several of the first steps stand above the first
 LASTING = 0.1  # share of the run after the peak that makes a climb more than a spike
 FAR_ABOVE = 2.0  # times the top of the range
 CLIMBED = 3.0  # standard errors, of several stretches together
