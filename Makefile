@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := src tests benchmarks
 
-.PHONY: demo test check fix starter instruction-table continual-table continual-cost wheel docs clean
+.PHONY: demo test check fix starter instruction-table continual-table continual-cost diagnosis-table forecast-table waiting \
+	wheel docs clean
 
 demo: $(VENV)/installed  ## train, evaluate and generate on text inside your own Python: about two minutes
 	$(BIN)/seedbed demo
@@ -42,6 +43,17 @@ continual-cost: $(VENV)/installed-dev  ## what each way of keeping costs a token
 	$(BIN)/python tests/starter.py .starter
 	$(BIN)/python benchmarks/continual_cost.py --model .starter --data $(DATA) --general_data $(OLD)
 
+diagnosis-table: $(VENV)/installed-dev  ## docs/diagnosis-results.md, measured anew: a run of every trouble, about 8 minutes
+	$(BIN)/python benchmarks/diagnosis.py --output .troubles
+
+forecast-table: $(VENV)/installed-dev  ## docs/forecast-results.md, measured anew: twelve runs, about 12 minutes
+	$(PIP) gguf accelerate
+	$(BIN)/python tests/starter.py .starter
+	$(BIN)/python benchmarks/forecast.py --starter .starter
+
+waiting: $(VENV)/installed-dev  ## how long one waits for what looks into run folders
+	$(BIN)/python benchmarks/waiting.py
+
 docs: $(VENV)/installed-dev  ## the page of all options, made from the code
 	$(BIN)/python -m seedbed.cli.reference > docs/options.md
 
@@ -49,7 +61,7 @@ wheel: $(VENV)/installed-dev  ## a wheel in dist/
 	$(BIN)/python -m build --wheel
 
 clean:  ## everything that was made here, but not your runs
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .starter
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .starter .troubles
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

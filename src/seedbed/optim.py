@@ -15,11 +15,14 @@ from seedbed.lowbit import DEVICES, import_bitsandbytes
 _MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
 """Adam's two moments, and the numbers they have in bitsandbytes."""
 
+_TABLES = ("embed_", "lm_head")
+"""How the names of matrices begin that have a row for each token or position."""
+
 _MIN_SIZE_8BIT = 4096  # smaller parameters keep their moments in float32
 
 
 def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), also with 8-bit moments (Dettmers et al. 2022), or SGD.
+    """AdamW (Loshchilov and Hutter 2019), also with 8-bit moments (Dettmers et al. 2022), Muon (Jordan 2024), or SGD.
 
     Over the trainable parameters of `model`, which must be on their device. Weight decay applies to tensors of two
     or more dimensions: not to norms and biases.
@@ -47,7 +50,46 @@ def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.O
             raise ConfigError(f"--optimizer adamw8bit: there are no kernels for {device}; choose adamw")
         kind = import_bitsandbytes("8-bit optimizers").optim.AdamW8bit
         return kind(groups, min_8bit_size=_MIN_SIZE_8BIT, **adam)  # type: ignore[no-any-return]
+    if options.optimizer == "muon":
+        return Muon(model, adam, options.weight_decay)
     return torch.optim.AdamW(groups, fused=True, **adam)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices between hidden states, whose updates it makes orthogonal; AdamW for the rest (Jordan, 2024).
+
+    Muon's updates are scaled to the size of AdamW's (Liu et al., 2025), so both take the same learning rate and decay.
+    """
+
+    def __init__(self, model: nn.Module, adam: Mapping[str, Any], weight_decay: float) -> None:
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = {name for name, p in trainable.items() if p.dim() == 2 and not name.startswith(_TABLES)}
+        others = [p for name, p in trainable.items() if name not in matrices]
+        groups = [
+            {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        both: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, fused=True, **adam)] if groups else []
+        self._matrices = [trainable[name] for name in sorted(matrices)]
+        if matrices:
+            scaled = {"lr": adam["lr"], "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            both.append(torch.optim.Muon(self._matrices, **scaled))
+        super().__init__([group for one in both for group in one.param_groups], {})
+        for one in both:
+            one.state = self.state  # one state, as `optimizer_tensors` reads it
+        self._both = both
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of all parameters."""
+        assert closure is None
+        for one in self._both:
+            one.step()
+
+    def keys_of(self, parameter: Tensor) -> set[str]:
+        """What the state of a parameter consists of."""
+        in_muon = any(parameter is matrix for matrix in self._matrices)
+        return {"momentum_buffer"} if in_muon else {"step", *_MOMENTS}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -94,13 +136,15 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
 
 
 def _is_8bit(optimizer: torch.optim.Optimizer) -> bool:
-    return not isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD)
+    return not isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD | Muon)
 
 
 def _state_keys(optimizer: torch.optim.Optimizer, parameter: Tensor) -> set[str]:
     """What `optimizer_tensors` gives for a parameter that was updated."""
     if isinstance(optimizer, torch.optim.SGD):
         return {"momentum_buffer"}
+    if isinstance(optimizer, Muon):
+        return optimizer.keys_of(parameter)
     if _is_8bit(optimizer) and parameter.numel() >= _MIN_SIZE_8BIT:
         return {"step", *(f"{moment}.{part}" for moment in _MOMENTS for part in ("codes", "scales"))}
     return {"step", *_MOMENTS}

@@ -61,7 +61,7 @@ def test_stopping_at_every_step_of_one_run(run_it: RunIt, tmp_path: Path) -> Non
     same_run(tmp_path / "straight", tmp_path / "often")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 @pytest.mark.parametrize("packing", [True, False])
 def test_other_optimizers_and_padding(run_it: RunIt, tmp_path: Path, optimizer: str, packing: bool) -> None:
     options = {**OPTIONS, "optimizer": optimizer, "packing": packing}

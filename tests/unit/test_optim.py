@@ -99,6 +99,35 @@ def test_sgd_has_momentum() -> None:
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
+def test_muon_takes_the_matrices_between_hidden_states_and_adamw_the_rest() -> None:
+    ours, theirs = make_model(), make_model()
+    inside = {name for name, p in theirs.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
+    muon = torch.optim.Muon(
+        [theirs.get_parameter(name) for name in sorted(inside)],
+        lr=1e-2,
+        weight_decay=0.1,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    rest = [p for name, p in theirs.named_parameters() if name not in inside]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": 0.1},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+    )
+    optimizer = build_optimizer(ours, options(optimizer="muon"))
+    for step in range(3):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = b.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        muon.step()
+        adamw.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
+
+
 def test_set_learning_rate_reaches_every_group() -> None:
     optimizer = build_optimizer(make_model(), options())
     set_learning_rate(optimizer, 0.5)
@@ -200,8 +229,8 @@ def test_8_bit_moments_train_about_as_well() -> None:
     assert other[-1] > 3
 
 
-@pytest.mark.parametrize("trained", ["adamw", "adamw8bit", "sgd"])
-@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "sgd"])
+@pytest.mark.parametrize("trained", ["adamw", "adamw8bit", "muon", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "muon", "sgd"])
 def test_the_state_of_another_optimizer_is_refused(trained: str, kind: str) -> None:
     model = make_wide_model()
     optimizer = build_optimizer(model, options(optimizer=trained))

@@ -208,8 +208,10 @@ class TrainingOptions(Section):
         description="After warm-up; cosine_time reaches --min_lr when the hours run out, "
         "wsd stays at the peak and falls over the last fifth.",
     )
-    optimizer: Literal["adamw", "adamw8bit", "sgd"] = Field(
-        "adamw", description="Optimizer; adamw8bit keeps its moments in a quarter of the memory."
+    optimizer: Literal["adamw", "adamw8bit", "muon", "sgd"] = Field(
+        "adamw",
+        description="Optimizer; adamw8bit keeps its moments in a quarter of the memory, muon makes the updates of the "
+        "blocks' matrices orthogonal.",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(description="Decoupled decay, on matrices only.")
     beta1: Share = Field(0.9, description="AdamW's first moment; SGD's momentum.")

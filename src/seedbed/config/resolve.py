@@ -338,6 +338,8 @@ def _contradictions(config: Config) -> Iterable[str]:
             if config.is_given(name):
                 yield f"{say(name)} has no meaning without --lora; leave it out, or add --lora"
         return
+    if training.optimizer == "muon":
+        yield f"{say('optimizer')} is for whole matrices, and --lora trains thin ones; choose adamw"
     if adapt.freeze:
         yield f"{say('freeze')} contradicts --lora, which freezes everything but its adapters; choose --lora_targets"
     if adapt.add_tokens and not adapt.lora_embeddings:

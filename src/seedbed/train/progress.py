@@ -192,6 +192,15 @@ class Display:
             self.line(f"Best checkpoint available at: {run}/checkpoints/best")
         elif summary["status"] in ("done", "early_stopped"):
             self.line(f"Model available at: {run}/checkpoints/final")
+        if summary["status"] == "done":
+            self.line(against_forecast(summary))
+
+
+def against_forecast(summary: Mapping[str, Any]) -> str:
+    """What was expected before the first step, and what came."""
+    expected, hours = summary["forecast"], summary["forecast"]["hours"]
+    time = "" if hours is None else f"time {duration(hours)}, was {duration(summary['hours'])}; "
+    return f"Forecast: {time}peak memory {expected['peak_memory_mb']:,.0f} MB, was {summary['peak_memory_mb']:,.0f} MB"
 
 
 def duration(hours: float) -> str:
