@@ -272,8 +272,9 @@ def test_guardrails_warn_and_strict_refuses(
     pretrained: Make, questions: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fixed = {**TUNING, "learning_rate": 3e-4, "data": questions("qa"), "model": pretrained("llama")}
-    del fixed["tensorboard"]
-    flags = [f"--{name}={value}" for name, value in fixed.items()] + ["--no_tensorboard", "--warmup_ratio=0.4"]
+    del fixed["tensorboard"], fixed["report"]
+    flags = [f"--{name}={value}" for name, value in fixed.items()]
+    flags += ["--no_tensorboard", "--no_report", "--warmup_ratio=0.4"]
 
     def tune(name: str, *more: str) -> str:
         code = run(["finetune", *flags, "--output", str(tmp_path / name), *more])

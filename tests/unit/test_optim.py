@@ -122,7 +122,7 @@ def test_muon_takes_the_matrices_between_hidden_states_and_adamw_the_rest() -> N
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             a.grad = b.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(step))
         optimizer.step()
-        muon.step()
+        muon.step()  # type: ignore[no-untyped-call]
         adamw.step()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)

@@ -80,6 +80,7 @@ def test_every_error_is_a_seedbed_error_with_its_exit_code() -> None:
         "DivergedError": 6,
         "OutOfMemoryError": 7,
         "StorageError": 8,
+        "JudgeError": 2,
     }
 
 

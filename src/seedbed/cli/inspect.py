@@ -142,7 +142,7 @@ def show_data(ctx: click.Context, /, num: int, model: str | None, as_json: bool,
     What is learnt is shown plain (in colour, for conversations), what is only context dimmed, and a bar marks
     where a document begins: nothing to its right sees anything to its left.
     """
-    config = resolve("scratch", layers(ctx, "scratch"))
+    config = resolve("scratch", layers(ctx, "scratch", DataOptions.model_fields))
     if model is not None and config.is_given("tokenizer"):
         raise ConfigError("--tokenizer and --model both name a tokenizer; leave one of them out")
     from seedbed.data import Reading

@@ -51,9 +51,9 @@ from_option = click.option(
 )
 
 
-def layers(ctx: click.Context, regime: str) -> list[Layer]:
-    """Weakest first: another run's options, the file's, the flags', unknown flags among them."""
-    flags = given(ctx, option_names(regime))
+def layers(ctx: click.Context, regime: str, names: Iterable[str] | None = None) -> list[Layer]:
+    """Weakest first: another run's options, the file's, the flags' (or `names` of them), unknown flags among them."""
+    flags = given(ctx, option_names(regime) if names is None else names)
     flags.update(dict.fromkeys(unknown_flags(ctx), ""))
     run = [read_run_options(regime, ctx.params["from_run"])] if ctx.params.get("from_run") else []
     file = [read_config_file(ctx.params["config"])] if ctx.params.get("config") else []

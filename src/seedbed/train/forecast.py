@@ -26,7 +26,7 @@ from seedbed.train.ingredients import Ingredients
 from seedbed.train.pace import Pace
 from seedbed.train.progress import Display, duration
 from seedbed.train.state import TrainingState
-from seedbed.train.trial import Costs, kinds_of, outline, tensor_bytes, try_out
+from seedbed.train.trial import Costs, head_learns, kinds_of, outline, tensor_bytes, try_out
 from seedbed.train.workload import Look, Workload, look_at, sizes_of, ways_to_keep
 
 NAME = "memory"
@@ -240,7 +240,6 @@ def _footprint(
     kinds = list(zip(kinds_of(model), costs.blocks, strict=True))
     weights = float(costs.ends.weight_bytes) + sum(kind.count * cost.weight_bytes for kind, cost in kinds)
     weights += anchor_bytes(config, parameters, trained)
-    head = model.head_weight()
     on_cpu, unpacks = device.type == "cpu", config.training.optimizer == "adamw8bit"
     tied = run.shape.tie_embeddings or config.training.grad_accumulation > 1
     kept = costs.ends.kept_bytes + sum(kind.count * cost.kept_bytes for kind, cost in kinds)
@@ -255,7 +254,7 @@ def _footprint(
         row_tokens=look.widest,
         vocab_size=shape.vocab_size,
         chunk_tokens=chunk_tokens(shape.vocab_size, device.type),
-        head=4.0 * head.numel() if head.requires_grad and tied else 0.0,
+        head=4.0 * shape.vocab_size * shape.d_model if head_learns(model) and tied else 0.0,
         accumulates=config.training.grad_accumulation > 1,
         updating=UNPACKED * max(p.numel() for p in model.parameters() if p.requires_grad) * (unpacks and on_cpu),
         loading=4.0 * parameters + run.stored_bytes if on_cpu else 0.0,

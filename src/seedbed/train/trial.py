@@ -124,8 +124,14 @@ def block_flops(kind: Kind, width: float, *, training: bool) -> float:
 
 def head_flops(model: Decoder, targets: float, *, training: bool) -> float:
     """Of the output head for so many targets."""
-    size, weight = model.config.vocab_size * model.config.d_model, model.head_weight()
-    return targets * size * (2 if not training else 6 if weight.requires_grad else 4)
+    passes = 1 if not training else 3 if head_learns(model) else 2
+    return 2 * passes * targets * model.config.vocab_size * model.config.d_model
+
+
+def head_learns(model: Decoder) -> bool:
+    """Whether the output head gets gradients, its own or an adapter's."""
+    head = model.embed_tokens if model.lm_head is None else model.lm_head
+    return any(parameter.requires_grad for parameter in head.parameters())
 
 
 def try_out(
@@ -224,7 +230,7 @@ class _Trial:
             3 * hidden,  # the embedded tokens, the normalised ones, and the loss's gradient for them
             0.0,
             sum(map(tensor_bytes, outside)),
-            2 * self.model.head_weight().numel() if self.precision != "fp32" else 0,
+            2 * self.model.config.vocab_size * self.model.config.d_model if self.precision != "fp32" else 0,
         )
 
     def cast_bytes(self, block: Block) -> int:
