@@ -18,7 +18,7 @@ from typing import Any, Literal, Self, overload
 from rich.console import Console
 
 from seedbed.checkpoint import find_model, load_model
-from seedbed.config import Layer, SamplingOptions, read_config_file, read_section, resolve
+from seedbed.config import Layer, SamplingOptions, read_config_file, read_run_options, read_section, resolve
 from seedbed.data import open_whole
 from seedbed.errors import ConfigError
 from seedbed.evaluate import Evaluation, evaluate
@@ -151,47 +151,57 @@ class Trainer:
         return self.model
 
 
-def pretrain(*, config: str | None = None, quiet: bool = False, **options: Any) -> Run:
+def pretrain(
+    *, from_run: str | None = None, config: str | None = None, quiet: bool = False, **options: Any
+) -> Run:
     """Train a model from scratch; options and their defaults as `seedbed pretrain` has them.
 
     Args:
+        from_run: a run with whose options to begin; this one's parent.
         config: a YAML file or a preset's name, beneath the options.
         quiet: print nothing.
 
     Raises:
         SeedbedError: what was wrong, with the remedy; see `seedbed.errors`.
     """
-    return _run("scratch", config, quiet, options)
+    return _run("scratch", from_run, config, quiet, options)
 
 
-def finetune(*, config: str | None = None, quiet: bool = False, **options: Any) -> Run:
+def finetune(
+    *, from_run: str | None = None, config: str | None = None, quiet: bool = False, **options: Any
+) -> Run:
     """Fine-tune a pretrained model; options and their defaults as `seedbed finetune` has them.
 
     Args:
+        from_run: a run with whose options to begin; this one's parent.
         config: a YAML file, beneath the options.
         quiet: print nothing.
 
     Raises:
         SeedbedError: what was wrong, with the remedy; see `seedbed.errors`.
     """
-    return _run("finetune", config, quiet, options)
+    return _run("finetune", from_run, config, quiet, options)
 
 
-def continue_training(*, config: str | None = None, quiet: bool = False, **options: Any) -> Run:
+def continue_training(
+    *, from_run: str | None = None, config: str | None = None, quiet: bool = False, **options: Any
+) -> Run:
     """Add a domain to a model and hold what it knew; options and their defaults as `seedbed continue` has them.
 
     Args:
+        from_run: a run with whose options to begin; this one's parent.
         config: a YAML file, beneath the options.
         quiet: print nothing.
 
     Raises:
         SeedbedError: what was wrong, with the remedy; see `seedbed.errors`.
     """
-    return _run("continue", config, quiet, options)
+    return _run("continue", from_run, config, quiet, options)
 
 
-def _run(regime: str, config: str | None, quiet: bool, options: dict[str, Any]) -> Run:
-    layers = [read_config_file(config)] if config else []
+def _run(regime: str, from_run: str | None, config: str | None, quiet: bool, options: dict[str, Any]) -> Run:
+    layers = [read_run_options(regime, from_run)] if from_run else []
+    layers += [read_config_file(config)] if config else []
     outcome = run_training(resolve(regime, [*layers, Layer(CALL, options)]), Console(quiet=quiet))
     return Run(outcome.path, outcome.summary["status"], outcome.exit_code, outcome.summary)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+import seedbed
 from seedbed.cli.app import run
 from seedbed.runs.folder import read_summary, update_summary
 from tests.conftest import TINY
@@ -43,6 +44,12 @@ def test_a_grandchild_inherits_what_the_parent_inherited(small_text_file: Path, 
     for older, younger in ("ab", "bc"):
         assert run(["pretrain", "--from", str(tmp_path / older), "--output", str(tmp_path / younger)]) == 0
     assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "c")
+
+
+def test_the_same_from_python(small_text_file: Path, tmp_path: Path) -> None:
+    assert begin(small_text_file, tmp_path / "a", "--max_steps", "2") == 0
+    child = seedbed.pretrain(from_run=str(tmp_path / "a"), seed=3, output=str(tmp_path / "b"), quiet=True)
+    assert (child.metrics["parent"], child.metrics["seed"]) == (str(tmp_path / "a"), 3)
 
 
 def test_bad_parents(small_text_file: Path, tmp_path: Path) -> None:

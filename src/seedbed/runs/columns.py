@@ -179,6 +179,15 @@ def _option(name: str, when: Callable[[RunInfo], bool] = lambda _run: True) -> C
     return get
 
 
+def _epochs(run: RunInfo) -> Any:
+    """Passes over the text: as many as were made, where another option says how long the run is."""
+    text, steps = run.summary.get("text"), run.summary.get("steps")
+    limited = any(run.options.get(name) for name in ("max_steps", "max_tokens"))
+    if limited and isinstance(text, dict) and is_number(steps) and is_number(text.get("steps_per_epoch")):
+        return round(steps / max(1, text["steps_per_epoch"]), 2)
+    return _option("epochs")(run)
+
+
 def _number(spec: str) -> Callable[[Any], str]:
     """How numbers are written; a config file that was edited by hand may hold a text in their place."""
     return lambda value: format(value, spec) if is_number(value) else str(value)
@@ -220,7 +229,7 @@ COLUMNS: dict[str, Column] = {
             least=12,
         ),
         Column("batch", "batch", "`--batch_size`, times `--grad_accumulation`.", _batch, least=8),
-        Column("epochs", "epochs", "`--epochs`.", _option("epochs"), _number("g")),
+        Column("epochs", "epochs", "`--epochs`; passes made, where steps or tokens end it.", _epochs, _number("g")),
         Column("steps", "steps", "Optimizer updates done.", _figure("steps"), _number(",")),
         Column("optimizer", "optimizer", "`--optimizer`.", _option("optimizer"), least=9),
         Column("lr", "lr", "Peak learning rate, `--learning_rate`.", _option("learning_rate"), _number("g")),
