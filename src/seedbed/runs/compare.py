@@ -222,14 +222,16 @@ def _verdict(runs: Sequence[RunInfo], first: Group, second: Group) -> str:
         return f"{names} do not compare: their tokens differ, and not both have bits per byte."
     if fmean(values[0]) > fmean(values[1]):
         first, second, values = second, first, values[::-1]
-    return _sentence(first, second, values, measure) + _noise(first, second, difference(*values))
+    lengths = [runs[group.members[0]].options.get("max_seq_len") for group in (first, second)]
+    rows = f", each in rows of its own length ({lengths[0]} and {lengths[1]})" if lengths[0] != lengths[1] else ""
+    return f"{_sentence(first, second, values, measure)}{rows}; {_noise(first, second, difference(*values))}"
 
 
 def _sentence(better: Group, worse: Group, values: Sequence[Sequence[float]], measure: Measure) -> str:
     gap = fmean(values[1]) - fmean(values[0])
     because = "" if measure == "val_loss" else " (their tokens may differ, so losses do not compare)"
     means = " against ".join(spread(fmean(each), stdev(each) if len(each) > 1 else None, len(each)) for each in values)
-    return f"{better.name} is better than {worse.name} by {gap:.4f} {UNITS[measure]}{because}, {means}; "
+    return f"{better.name} is better than {worse.name} by {gap:.4f} {UNITS[measure]}{because}, {means}"
 
 
 def _noise(better: Group, worse: Group, gap: Difference) -> str:

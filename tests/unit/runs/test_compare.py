@@ -71,6 +71,12 @@ def test_without_seeds_it_says_what_to_run(tmp_path: Path) -> None:
     assert verdict.endswith("noise is unknown: run both commands again with --seed 2 and --seed 3.")
 
 
+def test_rows_of_other_lengths_are_another_ruler(tmp_path: Path) -> None:
+    runs = [*seeds(tmp_path, "short", {0: 4.2}, max_seq_len=64), *seeds(tmp_path, "long", {0: 3.8}, max_seq_len=512)]
+    [verdict] = compare(runs).verdicts
+    assert ", each in rows of its own length (512 and 64); how much of it" in verdict
+
+
 def test_the_same_seed_twice_is_no_second_seed(tmp_path: Path) -> None:
     one = [*seeds(tmp_path / "a", "one", {0: 1.0}), *seeds(tmp_path / "b", "one", {0: 1.0})]
     [group] = group_by_seed(one)
