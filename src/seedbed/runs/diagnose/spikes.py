@@ -22,6 +22,7 @@ APART = 10  # steps between two spikes
 NEAR_PEAK = 0.04  # of the run
 FEW_ROWS = 0.5  # share of the loss that a few rows hold
 MANY_ROWS = 6  # of which the worst three are few
+SOON = 100  # steps
 RECOVERY = 0.02  # of the run, in which a harmless spike is over
 HALF = 0.5  # of a spike: what a cause must explain of it
 
@@ -116,13 +117,16 @@ def _of_event(facts: Facts, step: float, event: Mapping[str, Any]) -> Spike | No
 
 def _lasted(facts: Facts, step: float, loss: float, usual: float) -> float:
     """Steps until the median of five losses is back half-way; as many as there are, if they are too few to tell."""
-    after = facts.train.step > step
-    losses = facts.train.values[after]
+    first = int(np.searchsorted(facts.train.step, step, side="right"))
+    losses = facts.train.values[first:]
     if len(losses) < 5:
         return float(len(losses))
-    smooth = np.median(sliding_window_view(losses, 5), axis=1)
-    back = np.flatnonzero(smooth < usual + HALF * (loss - usual))
-    return float(back[0]) if len(back) else float("inf")
+    for near in (SOON, len(losses)):  # most are over soon, and a long run may have hundreds
+        smooth = np.median(sliding_window_view(losses[:near], 5), axis=1)
+        back = np.flatnonzero(smooth < usual + HALF * (loss - usual))
+        if len(back):
+            return float(back[0])
+    return float("inf")
 
 
 def _harmless(facts: Facts) -> float:
