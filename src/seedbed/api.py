@@ -151,9 +151,7 @@ class Trainer:
         return self.model
 
 
-def pretrain(
-    *, from_run: str | None = None, config: str | None = None, quiet: bool = False, **options: Any
-) -> Run:
+def pretrain(*, from_run: str | None = None, config: str | None = None, quiet: bool = False, **options: Any) -> Run:
     """Train a model from scratch; options and their defaults as `seedbed pretrain` has them.
 
     Args:
@@ -167,9 +165,7 @@ def pretrain(
     return _run("scratch", from_run, config, quiet, options)
 
 
-def finetune(
-    *, from_run: str | None = None, config: str | None = None, quiet: bool = False, **options: Any
-) -> Run:
+def finetune(*, from_run: str | None = None, config: str | None = None, quiet: bool = False, **options: Any) -> Run:
     """Fine-tune a pretrained model; options and their defaults as `seedbed finetune` has them.
 
     Args:
