@@ -56,7 +56,7 @@ def test_public_methods(name: str) -> None:
 
 def test_options_of_functions() -> None:
     for train in (seedbed.pretrain, seedbed.finetune):
-        assert list(inspect.signature(train).parameters) == ["config", "quiet", "options"]
+        assert list(inspect.signature(train).parameters) == ["from_run", "config", "quiet", "options"]
     assert list(inspect.signature(seedbed.load).parameters) == ["path", "device"]
 
 
