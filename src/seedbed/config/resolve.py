@@ -207,7 +207,8 @@ def read_section(section: type[S], values: Mapping[str, Any], source: str) -> S:
 
 def preset_names() -> list[str]:
     """Names of the shipped presets, smallest model first."""
-    return ["tiny", "small", "medium", "distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "demo"]
+    gpt2 = ("distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    return ["tiny", "small", "medium", *gpt2, "demo", "shakespeare-char"]
 
 
 def read_preset(name: str) -> dict[str, Any]:

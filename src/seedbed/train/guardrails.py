@@ -76,7 +76,7 @@ def _learning_rate(facts: Facts) -> Iterator[Finding]:
     rate, (doing, low, high) = training.learning_rate, LEARNING_RATES[facts.config.regime]
     if facts.trained_at and not facts.config.with_lora:
         low, high = facts.trained_at / 50, facts.trained_at
-    if training.optimizer == "sgd" or low <= rate <= high:
+    if training.optimizer in ("sgd", "muon") or low <= rate <= high:
         return
     above = rate > high
     factor = rate / high if above else low / rate
@@ -255,7 +255,7 @@ def _lora(facts: Facts) -> Iterator[Finding]:
     scale = alpha / math.sqrt(r) if adapt.lora_rslora else alpha / r
     rate, top = config.training.learning_rate, LEARNING_RATES["lora"][2]
     equivalent = rate * scale * r / USUAL_ALPHA
-    if rate <= top < equivalent and config.training.optimizer != "sgd":
+    if rate <= top < equivalent and config.training.optimizer not in ("sgd", "muon"):
         how = "alpha / sqrt(r)" if adapt.lora_rslora else "alpha / r"
         yield Finding(
             "lora_scaling",

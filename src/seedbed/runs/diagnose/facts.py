@@ -153,7 +153,7 @@ class Facts:
 
         A model trained here takes the rate of its own run again, or a little of it.
         """
-        if self.run.options.get("optimizer") == "sgd" or self.regime not in LEARNING_RATES:
+        if self.run.options.get("optimizer") in ("sgd", "muon") or self.regime not in LEARNING_RATES:
             return None
         doing, low, high = LEARNING_RATES[self.regime]
         trained_at = number(self.origin.options, "learning_rate") if self.origin else None
