@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,11 +32,7 @@ def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.O
         ConfigError: 8-bit moments on a device without kernels for them.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = _decay_groups(trainable, options.weight_decay)
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.beta1, fused=True)
     adam: dict[str, Any] = {
@@ -55,6 +51,15 @@ def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.O
     return torch.optim.AdamW(groups, fused=True, **adam)
 
 
+def _decay_groups(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with decay, all else without it."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for matrices between hidden states, whose updates it makes orthogonal; AdamW for the rest (Jordan, 2024).
 
@@ -64,12 +69,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, model: nn.Module, adam: Mapping[str, Any], weight_decay: float) -> None:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = {name for name, p in trainable.items() if p.dim() == 2 and not name.startswith(_TABLES)}
-        others = [p for name, p in trainable.items() if name not in matrices]
-        groups = [
-            {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+        groups = _decay_groups([p for name, p in trainable.items() if name not in matrices], weight_decay)
         both: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, fused=True, **adam)] if groups else []
         self._matrices = [trainable[name] for name in sorted(matrices)]
         if matrices:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from seedbed.sweep.plan import Plan
 from seedbed.sweep.standing import Progress, has_ended, read_progress
+from seedbed.train.progress import duration
 
 SILENCE = 60.0  # seconds between lines where there is no terminal
 
@@ -69,7 +70,7 @@ class Watch:
         self._bar.remove_task(self._tasks.pop(name))
         self._look(name, ended=ended)
         left = self.hours_left()
-        self.line(f"{name}: {said}{'' if left is None else f'; {_duration(left)} left'}")
+        self.line(f"{name}: {said}{'' if left is None else f'; {duration(left)} left'}")
 
     def show(self, going: Collection[str]) -> None:
         """Bring the bars up to date; without a terminal, a line now and then."""
@@ -77,7 +78,7 @@ class Watch:
             return
         self._spoke = time.monotonic()
         left = self.hours_left()
-        said = "" if left is None else f"{_duration(left)} left"
+        said = "" if left is None else f"{duration(left)} left"
         for name in going:
             self._look(name)
             if (seen := self._seen.get(name)) is None:
@@ -113,9 +114,3 @@ class Watch:
             self._seen[name] = replace(seen, remaining_hours=0.0) if ended else seen
         if ended:
             self._ended.add(name)
-
-
-def _duration(hours: float) -> str:
-    """Hours as `1:02:03`, or `2:03` below one hour."""
-    minutes, seconds = divmod(round(hours * 3600), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seedbed.config import TrainingOptions
+from seedbed.data.batches import Batch
 from seedbed.data.rows import Rows
 from seedbed.device import Precision, autocast
 from seedbed.evaluate import evaluation_mode
@@ -75,9 +76,13 @@ def held_out_loss(job: Measured, rows: Rows, request: StopRequest, display: Disp
         for batch in display.watch_validation(batches, len(rows)):
             if request.signal is not None:
                 break
-            batch = batch.to(job.device)
-            with autocast(job.device, job.precision):
-                hidden = job.forward(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
-                losses = token_losses(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
-            total += float(losses.double().sum())
+            total += float(place_losses(job, batch.to(job.device), job.precision).double().sum())
     return None if request.signal is not None else total / rows.num_targets
+
+
+def place_losses(job: Measured, batch: Batch, precision: Precision) -> Tensor:
+    """Nats of each place of a batch, 0 where nothing is predicted: (B, T) float32."""
+    with autocast(job.device, precision):
+        hidden = job.forward(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
+        losses = token_losses(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
+    return losses.view_as(batch.labels)

@@ -31,6 +31,7 @@ from seedbed.data.store import digest
 from seedbed.errors import CheckpointError, ConfigError, DataError, SeedbedError
 from seedbed.model.hub import copy_pretrained, new_folder
 from seedbed.model.weights import weights_fingerprint
+from seedbed.runs import info
 from seedbed.runs.history import (
     BASE,
     FILE,
@@ -253,8 +254,8 @@ def model_fingerprint(folder: Path) -> str:
 
 def run_of(folder: Path) -> Path | None:
     """The run folder that a checkpoint stands in."""
-    run = folder.resolve().parent.parent
-    return run if folder.resolve().parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
+    run = info.run_of(folder)
+    return None if run == folder else run
 
 
 def trained_with(folder: Path) -> dict[str, Any]:

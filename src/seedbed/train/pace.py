@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from seedbed.config import WatchOptions
 from seedbed.loss import IGNORE
 from seedbed.model.decoder import Decoder
+from seedbed.train.length import steps_per_epoch
 from seedbed.train.loop import SAMPLE
 from seedbed.train.trial import Costs, block_flops, head_flops, kinds_of
 from seedbed.train.workload import Look, Workload, sizes_of, ways_to_keep
@@ -43,7 +42,7 @@ class Pace:
     def steps_per_epoch(self) -> int | None:
         if self.run.rows is None:
             return None
-        return math.ceil(len(self.run.rows) / (self.training.batch_size * self.training.grad_accumulation))
+        return steps_per_epoch(self.training, self.run.rows)
 
     @property
     def rows_per_step(self) -> float:

@@ -11,12 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from seedbed.data.batches import Batch
 from seedbed.data.rows import NO_TARGET
-from seedbed.device import Precision, autocast
+from seedbed.device import Precision
 from seedbed.evaluate import evaluation_mode
-from seedbed.loss import token_losses
 from seedbed.train.job import Job
+from seedbed.train.measure import place_losses
 
 WINDOW = 50  # steps before that say what is usual
 ENOUGH = 20  # of them, before anything is unusual
@@ -117,20 +116,12 @@ def measured_rows(job: Job, step: int, precision: Precision) -> list[MeasuredRow
     rows: list[MeasuredRow] = []
     with evaluation_mode(job.model):
         for batch in job.micro_batches(step):
-            losses = _losses(job, batch.to(job.device), precision)  # (B, T)
+            losses = place_losses(job, batch.to(job.device), precision)  # (B, T)
             for labels, nats, input_ids in zip(batch.labels, losses.cpu(), batch.input_ids, strict=True):
                 targets = (labels != NO_TARGET).nonzero().flatten()
                 length = int(targets[-1]) + 1 if len(targets) else 0
                 rows.append(MeasuredRow(len(rows), len(targets), float(nats.double().sum()), length, input_ids))
     return rows
-
-
-def _losses(job: Job, batch: Batch, precision: Precision) -> Tensor:
-    """Nats of each place of a batch, (B, T) float32."""
-    with autocast(job.device, precision):
-        hidden = job.forward(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
-        losses = token_losses(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
-    return losses.view_as(batch.labels)
 
 
 def _loss(rows: list[MeasuredRow]) -> float:

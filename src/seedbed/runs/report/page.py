@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from seedbed.config.resolve import FOUND_OUT
+from seedbed.config.resolve import NOT_CHOSEN as BY_DEFAULT
 from seedbed.findings import Finding
 from seedbed.runs.folder import read_records
 from seedbed.runs.info import RunInfo
@@ -30,11 +32,8 @@ REGIMES = {
     "continue": "Learning a further domain",
     "continue-lora": "Learning a further domain with LoRA",
 }
-NOT_CHOSEN = (
-    *("default", "preset", "regime", "model ", "this machine"),
-    *("--method ", "half the peak of ", "the peak of "),
-)
-"""How the sources of values begin that the user did not choose: config's own, which take long to import."""
+NOT_CHOSEN = (*BY_DEFAULT, *FOUND_OUT)
+"""How the sources of values begin that the user did not choose."""
 ENDED_WELL = ("done", "early_stopped")
 ENDED_BADLY = ("diverged", "failed", "not begun", "unreadable")
 
