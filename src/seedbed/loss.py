@@ -1,9 +1,11 @@
 """Cross-entropy and divergence straight from hidden states: the logits of a whole batch never exist.
 
-N tokens   n tokens of one chunk   D d_model   V vocabulary
+N tokens   n tokens of one chunk   m tokens of one block   D d_model   V vocabulary
 
 The logits of 8 sequences of 1,024 tokens over GPT-2's vocabulary are 1.6 GB in float32, and their gradient as
-much again. Here a chunk of them is made, turned into losses and gradients, and forgotten.
+much again. Here a chunk of them is made, turned into losses and gradients where it stands, and forgotten. Chunks
+are long, for each of them reads the whole vocabulary. What comes between their products is done in float32, in
+blocks so short that they stay in the cache.
 """
 
 from __future__ import annotations
@@ -17,24 +19,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE: Final = -100  # the label of a token that is not predicted
-# The most tokens, and bytes of float32 logits, in one chunk. On a CPU smaller and larger ones measured slower
-# (vocabularies of 65 to 50,257). Short chunks also keep sums over tokens inside the range of float16.
-CPU_CHUNK: Final = (1024, 64 << 20)
+# The most tokens, and bytes of float32 logits, in one chunk. Short ones also keep sums over tokens inside the range
+# of float16.
+CPU_CHUNK: Final = (1024, 256 << 20)
 GPU_CHUNK: Final = (4096, 256 << 20)
+CPU_BLOCK: Final = 6 << 20  # bytes of float32 logits; on a GPU a block is the whole chunk
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the nats of every label, float32, with gradients for `hidden` and `weight`.
+    """Sum of the nats of every label, with gradients for `hidden` and `weight`.
 
     The same as `F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")`. Products run in the
-    type of autocast where it is on; the log-sum-exp and the sums are in float32.
+    type of autocast where it is on; the log-sum-exp and the sums are in float32 (float64 for float64 weights).
 
     Args:
         hidden: (N, D).
         weight: (V, D).
         labels: (N,), -100 where nothing is predicted.
     """
-    return _sum(hidden, weight, _chunks(hidden, weight, labels), torch.float32)
+    wanted = _wanted(hidden, weight)
+    chunks = _chunks(hidden, weight, labels)
+    return _sum(hidden, weight, _cross_entropies(chunks, _sum_type(weight), gradient=any(wanted)), wanted)
 
 
 def linear_kl_divergence(
@@ -44,7 +49,7 @@ def linear_kl_divergence(
 
     With p = softmax(old_hidden @ old_weight.T) and q = softmax(hidden @ weight.T) it is the sum of
     p (log p - log q), and its gradient by the new logits is q - p (distillation: Hinton et al., 2015). Types are
-    those of `linear_cross_entropy`, except that float64 stays float64. It costs the products of two heads.
+    those of `linear_cross_entropy`. It costs the products of two heads.
 
     Args:
         hidden: (N, D).
@@ -54,57 +59,59 @@ def linear_kl_divergence(
         labels: (N,), -100 where nothing is compared.
     """
     assert len(weight) == len(old_weight), f"vocabularies of {len(weight)} and {len(old_weight)}"
-    sums = torch.promote_types(weight.dtype, torch.float32)
-    new, old = _chunks(hidden, weight, labels, sums), _chunks(old_hidden, old_weight, labels, sums)
-    return _sum(hidden, weight, _divergences(new, old), sums)
+    new, old = _chunks(hidden, weight, labels), _chunks(old_hidden, old_weight, labels)
+    return _sum(hidden, weight, _divergences(new, old, _sum_type(weight)), _wanted(hidden, weight))
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Nats of each label, (N,) float32, 0 where the label is -100; no gradient. Arguments as above."""
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
-    for chunk in _chunks(hidden, weight, labels):
-        losses[chunk.rows] = chunk.nats
+    for chunk, nats in _cross_entropies(_chunks(hidden, weight, labels), torch.float32, gradient=False):
+        losses[chunk.rows] = nats
     return losses
 
 
-def _sum(hidden: Tensor, weight: Tensor, chunks: Iterator[_Chunk] | Iterator[_Divergence], sums: torch.dtype) -> Tensor:
-    """The nats of all chunks, which come from `hidden` and `weight`, added up in the type `sums`."""
+def _wanted(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
+    """Whether each of the two gets a gradient."""
     grad = torch.is_grad_enabled()
-    wanted = (grad and hidden.requires_grad, grad and weight.requires_grad)
-    return _Sum.apply(hidden, weight, chunks, sums, wanted)  # type: ignore[no-any-return,no-untyped-call]
+    return grad and hidden.requires_grad, grad and weight.requires_grad
+
+
+def _sum_type(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _sum(hidden: Tensor, weight: Tensor, losses: _Losses, wanted: tuple[bool, bool]) -> Tensor:
+    """The nats of all chunks, which come from `hidden` and `weight`, added up."""
+    return _Sum.apply(hidden, weight, losses, wanted)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Sum(torch.autograd.Function):
     """Gradients are made on the way forward, while the logits are there, and scaled on the way back."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        chunks: Iterator[_Chunk] | Iterator[_Divergence],
-        sums: torch.dtype,
-        wanted: tuple[bool, bool],
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, losses: _Losses, wanted: tuple[bool, bool]) -> Tensor:
+        sums = _sum_type(weight)
         d_hidden = torch.zeros_like(hidden) if wanted[0] else None  # (N, D)
-        d_weight = torch.zeros_like(weight, dtype=sums) if wanted[1] else None  # (V, D)
+        d_weight: Tensor | None = None  # (V, D)
         total = torch.zeros((), dtype=sums, device=hidden.device)
-        for chunk in chunks:
-            total += chunk.nats.sum()
-            if not any(wanted):
-                continue
-            d_logits = chunk.gradient()  # (n, V)
+        for chunk, nats in losses:
+            total += nats.sum()
+            d_logits = chunk.logits  # (n, V)
             if d_hidden is not None:
                 d_hidden[chunk.rows] = (d_logits @ chunk.weight).to(hidden.dtype)
-            if d_weight is not None:
-                _add_product(d_weight, d_logits.T, chunk.hidden)
-        ctx.gradients = d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
+            if wanted[1]:
+                product = d_logits.T @ chunk.hidden
+                d_weight = product.to(sums) if d_weight is None else d_weight.add_(product)
+        if wanted[1]:
+            d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
+        ctx.gradients = d_hidden, d_weight
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         assert ctx.gradients is not None, "the gradients are scaled in place, so there is one backward"
         (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
         return (
@@ -112,71 +119,64 @@ class _Sum(torch.autograd.Function):
             None if d_weight is None else d_weight.mul_(grad),
             None,
             None,
-            None,
         )
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A few tokens that are predicted, their logits, and what follows from them."""
+    """A few tokens that are predicted, and their logits, over which the gradient is written."""
 
     rows: Tensor | slice  # where they stand among the N tokens
-    hidden: Tensor  # (n, D), in the type of the products, like weight
+    hidden: Tensor  # (n, D), in the type of the products, like weight and logits
     weight: Tensor  # (V, D)
     labels: Tensor  # (n, 1)
-    logits: Tensor  # (n, V), in the type of the sums
-    log_z: Tensor  # (n, 1)
-    nats: Tensor  # (n,)
-
-    def gradient(self) -> Tensor:
-        """Softmax less the label, (n, V), written over the logits."""
-        p = self.log_probabilities().exp_()  # (n, V)
-        p.scatter_add_(1, self.labels, p.new_tensor(-1.0).expand(self.labels.shape))
-        return p.to(self.hidden.dtype)
-
-    def log_probabilities(self) -> Tensor:
-        """(n, V), written over the logits."""
-        return self.logits.sub_(self.log_z)
+    logits: Tensor  # (n, V)
 
 
-@dataclass(frozen=True)
-class _Divergence:
-    """A few tokens at which two predictions are compared."""
-
-    rows: Tensor | slice  # where they stand among the N tokens
-    hidden: Tensor  # (n, D), in the type of the products, like weight
-    weight: Tensor  # (V, D)
-    log_new: Tensor  # (n, V), log-probabilities
-    p_old: Tensor  # (n, V), probabilities
-    nats: Tensor  # (n,)
-
-    def gradient(self) -> Tensor:
-        """New less old probabilities, (n, V), written over the new ones' logarithms."""
-        return self.log_new.exp_().sub_(self.p_old).to(self.hidden.dtype)
+_Losses = Iterator[tuple[_Chunk, Tensor]]  # chunks, whose logits are their gradient by then, and their nats (n,)
 
 
-def _divergences(new: Iterator[_Chunk], old: Iterator[_Chunk]) -> Iterator[_Divergence]:
+def _cross_entropies(chunks: Iterator[_Chunk], sums: torch.dtype, *, gradient: bool) -> _Losses:
+    """The gradient by the logits is softmax less the label."""
+    for chunk in chunks:
+        nats = []
+        for rows in _blocks(chunk):
+            logits, label = chunk.logits[rows], chunk.labels[rows]
+            x = logits.to(sums)  # (m, V)
+            of_label, top = x.gather(1, label), x.amax(1, keepdim=True)  # (m, 1)
+            z = x.sub_(top).exp_().sum(1, keepdim=True)  # (m, 1)
+            nats.append((z.log() + top - of_label).squeeze(1))
+            if gradient:
+                p = x.div_(z)
+                logits.copy_(p.scatter_add_(1, label, p.new_tensor(-1.0).expand(label.shape)))
+        yield chunk, torch.cat(nats)
+
+
+def _divergences(new: Iterator[_Chunk], old: Iterator[_Chunk], sums: torch.dtype) -> _Losses:
+    """The gradient by the new logits is new less old probabilities."""
     for chunk, old_chunk in zip(new, old, strict=True):
-        log_new, log_old = chunk.log_probabilities(), old_chunk.log_probabilities()
-        p_old = log_old.exp()
-        nats = log_old.sub_(log_new).mul_(p_old).sum(1)  # (n,)
-        yield _Divergence(chunk.rows, chunk.hidden, chunk.weight, log_new, p_old, nats)
+        nats = []
+        for rows in _blocks(chunk):
+            log_new, log_old = (logits[rows].to(sums).log_softmax(1) for logits in (chunk.logits, old_chunk.logits))
+            p_old = log_old.exp()  # (m, V)
+            nats.append(log_old.sub_(log_new).mul_(p_old).sum(1))
+            chunk.logits[rows] = log_new.exp_().sub_(p_old)
+        yield chunk, torch.cat(nats)
 
 
-def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor, sums: torch.dtype = torch.float32) -> Iterator[_Chunk]:
+def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[_Chunk]:
+    """One after another in the same memory."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    size = chunk_tokens(weight.shape[0], device)
     kept = (labels != IGNORE).nonzero().squeeze(1)  # (N',)
     everything = len(kept) == len(labels)
+    size = chunk_tokens(weight.shape[0], device)
     weight = weight.to(dtype)  # once, not once a chunk
+    memory = weight.new_empty(min(size, len(kept)), len(weight))  # (n, V)
     for start in range(0, len(kept), size):
         rows = slice(start, start + size) if everything else kept[start : start + size]
-        h, target = hidden[rows].to(dtype), labels[rows, None]
-        logits = (h @ weight.T).to(sums)  # (n, V)
-        log_z = logits.logsumexp(1, keepdim=True)  # (n, 1)
-        nats = (log_z - logits.gather(1, target)).squeeze(1)  # (n,)
-        yield _Chunk(rows, h, weight, target, logits, log_z, nats)
+        h, label = hidden[rows].to(dtype), labels[rows, None]
+        yield _Chunk(rows, h, weight, label, torch.mm(h, weight.T, out=memory[: len(h)]))
 
 
 def chunk_tokens(vocab_size: int, device: str) -> int:
@@ -185,9 +185,7 @@ def chunk_tokens(vocab_size: int, device: str) -> int:
     return max(1, min(tokens, size // (4 * vocab_size)))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total` plus `a @ b`, summed in the type of `total`."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _blocks(chunk: _Chunk) -> Iterator[slice]:
+    tokens, vocab_size = chunk.logits.shape
+    block = max(1, CPU_BLOCK // (4 * vocab_size)) if chunk.logits.device.type == "cpu" else tokens
+    return (slice(start, start + block) for start in range(0, tokens, block))

@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from seedbed.model.config import DecoderConfig
+from seedbed.model.cpu_attention import block_attention, suits_blocks
 
 SHARES_HEADS = ("cpu",)  # where the fast kernel shares key-value heads with a mask too; elsewhere they are repeated
 
@@ -45,19 +46,22 @@ class Attention(nn.Module):
             q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, E)
+        dropout = self.dropout if self.training else 0.0
+        if dropout == 0 and cache is None and suits_blocks(q):
+            y = block_attention(q, k, v, mask)  # (B, H, T, E)
+        else:
+            y = self._attend(q, k, v, mask, dropout)  # (B, H, T, E)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # (B, T, D)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        """By torch's own kernels."""
         share = self.groups > 1 and q.device.type in SHARES_HEADS
         if self.groups > 1 and not share:
             k, v = (x.repeat_interleave(self.groups, dim=1) for x in (k, v))  # (B, H, S, E)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and q.shape[2] > 1,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=share,
-        )  # (B, H, T, E)
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # (B, T, D)
+        causal = mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=share
+        )
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim)  # (B, T, H or K, E)

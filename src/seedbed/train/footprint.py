@@ -50,6 +50,8 @@ class Footprint:
     vocab_size: int
     chunk_tokens: int
     """The most tokens that have their logits at once."""
+    logit_bytes: int
+    """Of each of these, with what is made of it on the way."""
     head: float
     """The head's gradient, which is there before all others; with a tied head, beside that of the embedding."""
     accumulates: bool
@@ -64,10 +66,8 @@ class Footprint:
     """The allocator's share of what comes and goes."""
 
     def logits(self, rows: int) -> float:
-        """Float32 logits of a chunk, what the logarithm of their sum makes of them, and the chunk before."""
-        tokens = rows * self.row_tokens
-        copies = 3 if tokens > self.chunk_tokens else 2
-        return 4.0 * copies * min(tokens, self.chunk_tokens) * self.vocab_size
+        """Those of a chunk."""
+        return float(self.logit_bytes * min(rows * self.row_tokens, self.chunk_tokens) * self.vocab_size)
 
     def activations(self, rows: int) -> float:
         return rows * self.row_activations

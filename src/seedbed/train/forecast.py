@@ -254,6 +254,7 @@ def _footprint(
         row_tokens=look.widest,
         vocab_size=shape.vocab_size,
         chunk_tokens=chunk_tokens(shape.vocab_size, device.type),
+        logit_bytes=4 if config.training.precision == "fp32" else 2 if on_cpu else 6,
         head=4.0 * shape.vocab_size * shape.d_model if head_learns(model) and tied else 0.0,
         accumulates=config.training.grad_accumulation > 1,
         updating=UNPACKED * max(p.numel() for p in model.parameters() if p.requires_grad) * (unpacks and on_cpu),

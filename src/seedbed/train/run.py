@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from seedbed.config import Config
+from seedbed.device import keep_memory
 from seedbed.train.build import build_job
 from seedbed.train.loop import Outcome, train
 from seedbed.train.progress import Display
@@ -18,6 +19,7 @@ def run_training(config: Config, console: Console) -> Outcome:
     Raises:
         SeedbedError: see `seedbed.errors`; before training begins nothing is left behind.
     """
+    keep_memory()
     display = Display(console, config.watching.log_every)
     start = open_run(config)
     if isinstance(start, AlreadyFinished):

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from seedbed.model import cpu_attention as module
+from seedbed.model.attention import Attention
+from seedbed.model.config import from_scratch
+from seedbed.model.cpu_attention import block_attention
+from seedbed.model.decoder import segment_mask
+
+
+def inputs(rows: int, heads: int, kv_heads: int, tokens: int, size: int, dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys, values and a gradient as a model's layers make them: (B, T, H, E) in memory."""
+    g = torch.Generator().manual_seed(0)
+    made = [torch.randn(rows, tokens, h, size, generator=g) for h in (heads, kv_heads, kv_heads, heads)]
+    return [x.to(dtype).transpose(1, 2) for x in made]
+
+
+def documents(rows: int, tokens: int) -> Tensor:
+    """Rows of several documents, cut in other places in each."""
+    cuts = torch.arange(rows)[:, None] + torch.tensor([tokens // 3, tokens // 2])
+    mask = segment_mask(torch.searchsorted(cuts, torch.arange(tokens).repeat(rows, 1), right=True))
+    assert mask is not None
+    return mask
+
+
+def torchs_own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    y: Tensor = block_attention(q, k, v, mask)
+    return y
+
+
+@pytest.fixture(params=[(256, 3 << 20), (4, 1), (7, 1 << 20)], ids=["shipped", "small blocks", "ragged blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", request.param[0])
+    monkeypatch.setattr(module, "BLOCK_BYTES", request.param[1])
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("shape", [(3, 4, 4, 20, 8), (2, 6, 2, 33, 16), (1, 3, 1, 1, 8), (5, 2, 2, 8, 12)])
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
+def test_it_is_softmax_attention(shape: tuple[int, int, int, int, int], masked: bool) -> None:
+    *qkv, grad = inputs(*shape, torch.float64)
+    mask = documents(shape[0], shape[3]) if masked else None
+    for x in qkv:
+        x.requires_grad_()
+    q, k, v = qkv
+    ours, theirs = attended(q, k, v, mask), torchs_own(q, k, v, mask)
+    torch.testing.assert_close(ours, theirs)
+    got, expected = (torch.autograd.grad(y, qkv, grad) for y in (ours, theirs))
+    # Gradients of keys and values are summed in float32.
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("tokens", [64, 300, 600])
+def test_in_bfloat16_it_is_as_near_as_torchs_own(tokens: int) -> None:
+    *qkv, grad = inputs(2, 6, 2, tokens, 64, torch.bfloat16)
+    exact = [x.double().requires_grad_() for x in qkv]
+    truth = torchs_own(*exact)
+    right = [truth, *torch.autograd.grad(truth, exact, grad.double())]
+
+    def error(attention: Callable[..., Tensor]) -> list[float]:
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        y = attention(*leaves)
+        found = [y, *torch.autograd.grad(y, leaves, grad)]
+        return [float((f - r).detach().norm() / r.detach().norm()) for f, r in zip(found, right, strict=True)]
+
+    for ours, theirs in zip(error(attended), error(torchs_own), strict=True):
+        assert ours < 2 * theirs + 1e-4
+
+
+def test_torch_knows_what_it_needs_to_compile_it() -> None:
+    *qkv, _ = inputs(2, 4, 2, 12, 8, torch.float32)
+    for x in qkv:
+        x.requires_grad_()
+    torch.library.opcheck(block_attention, (*qkv, None))
+    torch.library.opcheck(block_attention, (*qkv, documents(2, 12)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "used"),
+    [(torch.bfloat16, 0.0, True), (torch.bfloat16, 0.1, False), (torch.float32, 0.0, False)],
+)
+def test_when_a_layer_uses_it(dtype: torch.dtype, dropout: float, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        calls.append(len(q))
+        return attended(q, k, v, mask)
+
+    monkeypatch.setattr("seedbed.model.attention.block_attention", counted)
+    config = from_scratch("gpt2", vocab_size=9, d_model=16, num_layers=1, num_heads=2, max_seq_len=8, dropout=dropout)
+    layer = Attention(config, 0).to(dtype)
+    x = torch.randn(2, 8, 16, dtype=dtype)
+    layer(x, None, None, None)
+    assert bool(calls) is used
+    layer.eval()(x, None, None, None)
+    assert bool(calls) is (dtype == torch.bfloat16)
