@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,7 +75,7 @@ class Muon(torch.optim.Optimizer):
         self._matrices = [trainable[name] for name in sorted(matrices)]
         if matrices:
             scaled = {"lr": adam["lr"], "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-            both.append(torch.optim.Muon(self._matrices, **scaled))
+            both.append(_MuonByShape(self._matrices, **scaled))
         super().__init__([group for one in both for group in one.param_groups], {})
         for one in both:
             one.state = self.state  # one state, as `optimizer_tensors` reads it
@@ -90,6 +91,47 @@ class Muon(torch.optim.Optimizer):
         """What the state of a parameter consists of."""
         in_muon = any(parameter is matrix for matrix in self._matrices)
         return {"momentum_buffer"} if in_muon else {"step", *_MOMENTS}
+
+
+class _MuonByShape(torch.optim.Muon):
+    """torch's, but matrices of one shape are made orthogonal together: many small products one by one are slow."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of all matrices that have a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    by_shape.setdefault(matrix.shape, []).append(matrix)
+            for matrices in by_shape.values():
+                self._update(group, matrices)
+
+    def _update(self, group: Mapping[str, Any], matrices: list[Tensor]) -> None:
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        grads = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        directions = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # (M, O, I), Nesterov's
+        orthogonal = _orthogonal(directions, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rate = group["lr"] * 0.2 * math.sqrt(max(matrices[0].shape))  # the size of AdamW's updates
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(matrices, list(orthogonal.to(matrices[0].dtype)), alpha=-rate)
+
+
+def _orthogonal(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """The orthogonal matrix nearest to each of (M, O, I), roughly: Newton and Schulz's iteration, in bfloat16."""
+    a, b, c = coefficients
+    tall = x.shape[1] > x.shape[2]
+    x = (x.mT if tall else x).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT  # (M, O, O)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
