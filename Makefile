@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := src tests benchmarks
 
-.PHONY: demo test check fix starter instruction-table continual-table continual-cost diagnosis-table forecast-table waiting \
+.PHONY: demo test check fix starter instruction-table continual-table continual-cost diagnosis-table forecast-table waiting bench \
 	wheel docs clean
 
 demo: $(VENV)/installed  ## train, evaluate and generate on text inside your own Python: about two minutes
@@ -54,6 +54,12 @@ forecast-table: $(VENV)/installed-dev  ## docs/forecast-results.md, measured ane
 waiting: $(VENV)/installed-dev  ## how long one waits for what looks into run folders
 	$(BIN)/python benchmarks/waiting.py
 
+bench: $(VENV)/installed-dev .peers/installed  ## docs/performance.md, measured anew: two hours. DATA=texts [NANOGPT=clone JOBS=a,b REPEATS=5]
+	$(PIP) gguf accelerate
+	$(BIN)/python tests/starter.py .starter
+	$(BIN)/python benchmarks/speed.py --peers .peers/bin/python --starter .starter --data $(DATA) \
+		$(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(JOBS),--jobs $(JOBS)) $(if $(REPEATS),--repeats $(REPEATS))
+
 docs: $(VENV)/installed-dev  ## the page of all options, made from the code
 	$(BIN)/python -m seedbed.cli.reference > docs/options.md
 
@@ -61,7 +67,12 @@ wheel: $(VENV)/installed-dev  ## a wheel in dist/
 	$(BIN)/python -m build --wheel
 
 clean:  ## everything that was made here, but not your runs
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .starter .troubles
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .starter .troubles .peers
+
+.peers/installed: benchmarks/peers/requirements.txt
+	test -x .peers/bin/python || $(PYTHON) -m venv .peers
+	.peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
