@@ -64,9 +64,11 @@ class LoraLinear(AdaptedLinear):
         """(..., I) to (..., O)."""
         drops = self.training and self.dropout > 0
         dropped = F.dropout(x, self.dropout) if drops else x
-        correction = F.linear(F.linear(dropped, self.lora_A) * self.scaling, self.lora_B)  # (..., O)
+        low_rank = F.linear(dropped, self.lora_A) * self.scaling  # (..., r)
         if self.lora_magnitude is None:
-            return F.linear(x, self.weight, self.bias) + correction
+            y = F.linear(x, self.weight, self.bias)  # (..., O)
+            return torch.addmm(y.flatten(0, -2), low_rank.flatten(0, -2), self.lora_B.T).view(y.shape)
+        correction = F.linear(low_rank, self.lora_B)  # (..., O)
         with torch.no_grad():
             norms = row_norms(self._sum())
         scale = self.lora_magnitude / norms  # (O,)

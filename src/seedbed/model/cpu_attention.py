@@ -5,7 +5,7 @@ queries are one product, small enough for the cache. They are not kept but made 
 FlashAttention (Dao et al., 2022).
 
 B batch   T tokens   H query heads   K key-value heads   G = H / K   E head_dim
-b rows at once   N = b K   m queries of a block   S tokens up to its end
+b rows at once   N = b K   m queries of a block   S keys that it sees
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 BLOCK: Final = 256  # queries of a row whose scores are in memory at once
+MASKED_BLOCK: Final = 128  # with a mask, by which short blocks see few keys: the documents of a row are short
 BLOCK_BYTES: Final = 3 << 20  # of the scores of several short rows
 
 
@@ -42,8 +43,8 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     out = _like(q)
     for rows in _rows(q):
         queries, keys, values = _by_keys(q[rows], k), k[rows].flatten(0, 1), v[rows].flatten(0, 1)  # (N, G or -, T, E)
-        for block, p in _probabilities(queries, keys, None if mask is None else mask[rows]):
-            _put(out[rows], block, p @ values[:, : block.stop])
+        for block, seen, p in _probabilities(queries, keys, None if mask is None else mask[rows]):
+            _put(out[rows], block, p @ values[:, seen])
     return out
 
 
@@ -58,8 +59,8 @@ def block_attention_backward(
         queries, keys, values = _by_keys(q[rows], k), k[rows].flatten(0, 1), v[rows].flatten(0, 1)
         grads = _by_keys(grad[rows], k)  # (N, G, T, E)
         dk_sum, dv_sum = (torch.zeros(keys.shape, dtype=torch.float32) for _ in range(2))  # (N, T, E)
-        for block, p in _probabilities(queries, keys, None if mask is None else mask[rows]):
-            seen, g = slice(0, block.stop), _block(grads, block)  # (N, G m, E)
+        for block, seen, p in _probabilities(queries, keys, None if mask is None else mask[rows]):
+            g = _block(grads, block)  # (N, G m, E)
             dv_sum[:, seen] += p.mT @ g
             dp = g @ values[:, seen].mT  # (N, G m, S)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
@@ -69,25 +70,32 @@ def block_attention_backward(
     return dq, dk, dv
 
 
-def _probabilities(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of the queries (N, G, T, E), with what they give to the keys (N, T, E): (N, G m, S)."""
+def _probabilities(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Blocks of the queries (N, G, T, E), which keys (N, T, E) they see, and what they give to them: (N, G m, S)."""
     tokens, size = keys.shape[1:]
-    for start in range(0, tokens, BLOCK):
-        block = slice(start, min(start + BLOCK, tokens))
-        q = _block(queries, block)
-        scores = torch.baddbmm(_bias(queries, block, mask), q, keys[:, : block.stop].mT, alpha=size**-0.5)
-        yield block, scores.softmax(-1)
+    length = BLOCK if mask is None else MASKED_BLOCK
+    for start in range(0, tokens, length):
+        block = slice(start, min(start + length, tokens))
+        seen = slice(0 if mask is None else _first_seen(mask, block), block.stop)
+        scores = torch.baddbmm(
+            _bias(queries, block, seen, mask), _block(queries, block), keys[:, seen].mT, alpha=size**-0.5
+        )
+        yield block, seen, scores.softmax(-1)
 
 
-def _bias(queries: Tensor, block: slice, mask: Tensor | None) -> Tensor:
+def _first_seen(mask: Tensor, block: slice) -> int:
+    """The first key that any query of the block may look at."""
+    return int(mask[:, 0, block, : block.stop].flatten(0, 1).any(0).int().argmax())
+
+
+def _bias(queries: Tensor, block: slice, seen: slice, mask: Tensor | None) -> Tensor:
     """0 where a query of the block may look, else minus infinity: (G m, S), with a mask (N, G m, S)."""
     pairs, groups = queries.shape[:2]
     if mask is None:
-        queries_of_block = block.stop - block.start
-        may_look = torch.ones(queries_of_block, block.stop, dtype=torch.bool).tril(block.start)  # (m, S)
+        may_look = torch.ones(block.stop - block.start, seen.stop, dtype=torch.bool).tril(block.start)  # (m, S)
         return _minus_infinity(may_look, queries.dtype).repeat(groups, 1)
-    bias = _minus_infinity(mask[:, :, block, : block.stop], queries.dtype)  # (b, 1, m, S)
-    return bias.expand(-1, pairs // len(mask) * groups, -1, -1).reshape(pairs, -1, block.stop)
+    bias = _minus_infinity(mask[:, :, block, seen], queries.dtype)  # (b, 1, m, S)
+    return bias.expand(-1, pairs // len(mask) * groups, -1, -1).reshape(pairs, -1, bias.shape[-1])
 
 
 def _minus_infinity(may_look: Tensor, dtype: torch.dtype) -> Tensor:

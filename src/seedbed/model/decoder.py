@@ -151,8 +151,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, turn: Rotation | None, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), turn, mask, cache))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
+        x = x + self.dropout(self.attention(for_products(self.attention_norm(x)), turn, mask, cache))
+        return x + self.dropout(self.mlp(for_products(self.mlp_norm(x))))  # type: ignore[no-any-return]
 
 
 class GeluMLP(nn.Module):
@@ -182,6 +182,12 @@ class SwiGLU(nn.Module):
         """(B, T, D) to (B, T, D)."""
         h = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, F)
         return self.down_proj(h)  # type: ignore[no-any-return]  # (B, T, D)
+
+
+def for_products(x: Tensor) -> Tensor:
+    """In the type of autocast, once for all layers that read it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def make_norm(config: DecoderConfig) -> nn.Module:

@@ -62,7 +62,8 @@ def build_job(start: Start, display: Display) -> Job:
     model.gradient_checkpointing = training.gradient_checkpointing
     if training.neftune_alpha:
         add_embedding_noise(model, training.neftune_alpha)
-    forward = compiled(model) if training.compile else model
+    if training.compile:
+        compile_blocks(model)
     optimizer = build_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     state = restore(checkpoint, model, optimizer, scaler)
@@ -79,7 +80,6 @@ def build_job(start: Start, display: Display) -> Job:
             run.event("guardrail", 0, **finding.to_json())
     return Job(
         model=model,
-        forward=forward,
         tokenizer=made.tokenizer,
         optimizer=optimizer,
         scaler=scaler,
@@ -172,8 +172,8 @@ def restore(
     return state
 
 
-def compiled(model: Decoder) -> Callable[..., Any]:
-    """The decoder through torch.compile.
+def compile_blocks(model: Decoder) -> None:
+    """Put every block through torch.compile: they are alike, so one is compiled and all use it.
 
     Raises:
         ConfigError: a CPU without a C++ compiler.
@@ -183,7 +183,8 @@ def compiled(model: Decoder) -> Callable[..., Any]:
         raise ConfigError(
             "--compile needs a C++ compiler on a CPU and there is none; install one (g++) or leave it out"
         )
-    return torch.compile(model)
+    for block in model.blocks:
+        block.compile()
 
 
 def add_embedding_noise(model: Decoder, alpha: float) -> None:

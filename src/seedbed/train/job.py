@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from seedbed.config import TrainingOptions, WatchOptions
 from seedbed.data.batches import Batch, collate
@@ -86,8 +85,6 @@ class Job:
     """A run, ready to go: the loop does not know by which method it was set up."""
 
     model: Decoder
-    forward: Callable[..., Tensor]
-    """The model, compiled when that was asked for."""
     tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler

@@ -467,7 +467,7 @@ def others_entries(run: Path) -> dict[str, Any]:
 def batch_objective(job: Job, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Nats summed over the targets of one micro-batch, and what is minimised: they and the pull of the anchors."""
     with autocast(job.device, job.precision):
-        hidden = job.forward(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
+        hidden = job.model(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
         nats = linear_cross_entropy(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
         return nats, sum((anchor(hidden, batch) for anchor in job.keeping.prediction_anchors), nats)
 

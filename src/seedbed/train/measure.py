@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,8 +28,6 @@ class Measured(Protocol):
     @property
     def model(self) -> Decoder: ...
     @property
-    def forward(self) -> Callable[..., Tensor]: ...
-    @property
     def device(self) -> torch.device: ...
     @property
     def precision(self) -> Precision: ...
@@ -44,10 +42,6 @@ class Meter:
     model: Decoder
     device: torch.device
     training: TrainingOptions
-
-    @property
-    def forward(self) -> Callable[..., Tensor]:
-        return self.model
 
     @property
     def precision(self) -> Precision:
@@ -83,6 +77,6 @@ def held_out_loss(job: Measured, rows: Rows, request: StopRequest, display: Disp
 def place_losses(job: Measured, batch: Batch, precision: Precision) -> Tensor:
     """Nats of each place of a batch, 0 where nothing is predicted: (B, T) float32."""
     with autocast(job.device, precision):
-        hidden = job.forward(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
+        hidden = job.model(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
         losses = token_losses(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
     return losses.view_as(batch.labels)

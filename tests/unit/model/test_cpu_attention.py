@@ -41,6 +41,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Ten
 @pytest.fixture(params=[(256, 3 << 20), (4, 1), (7, 1 << 20)], ids=["shipped", "small blocks", "ragged blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK", request.param[0])
+    monkeypatch.setattr(module, "MASKED_BLOCK", request.param[0])
     monkeypatch.setattr(module, "BLOCK_BYTES", request.param[1])
 
 
