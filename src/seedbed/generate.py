@@ -1,12 +1,13 @@
-"""Text from a model: prompts in batches, a key-value cache, and text streamed as it is written.
+"""Text from a model: prompts in batches, and text streamed as it is written.
 
-B batch   T tokens of the prompts, padded on the left
+B batch   T tokens of the prompts, padded on the left   V vocabulary
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -17,8 +18,8 @@ from torch.nn.functional import pad
 from seedbed.config import SamplingOptions
 from seedbed.errors import ConfigError
 from seedbed.evaluate import evaluation_mode
-from seedbed.model.attention import KeyValueCache
 from seedbed.model.decoder import Decoder
+from seedbed.model.decoding import DecodingModel
 from seedbed.sampling import next_tokens, uniform_rows
 from seedbed.text.tokenizer import Tokenizer
 
@@ -55,7 +56,8 @@ def generate(
     prompts; a prompt given several times gets other random numbers each time.
 
     Args:
-        model: in its own type, without autocast; its training mode is restored.
+        model: products run in the type of autocast where it is on, else in the model's; its training mode is
+            restored. Its weights are laid out anew for each call, which takes their memory once more.
         tokenizer: the one the model was trained with.
         prompts: texts, or token ids (a conversation's, see `Template.prompt_ids`); `batch_size` at a time.
         options: how to choose tokens and when to stop.
@@ -67,52 +69,48 @@ def generate(
         ConfigError: a prompt has more tokens than the model has positions, or a stop string is empty.
     """
     rows = _rows(model, tokenizer, prompts, options)
-    with evaluation_mode(model):
+    with evaluation_mode(model), _own_types(model) as dtype:
+        decoding = DecodingModel(model, dtype)
         for first in range(0, len(rows), batch_size):
-            _write(model, rows[first : first + batch_size], options, on_text)
+            _write(decoding, rows[first : first + batch_size], options, on_text)
     return [row.completion() for row in rows]
 
 
-def _write(model: Decoder, rows: list[_Row], options: SamplingOptions, on_text: OnText | None) -> None:
-    """Feed the prompts, then a token of every row at a time until the last row ends."""
-    weight = model.head_weight()
+@contextmanager
+def _own_types(model: Decoder) -> Iterator[torch.dtype]:
+    """The type of products; inside, autocast is off: what decodes chooses its types itself."""
+    weight = model.embed_tokens.weight
+    device = weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    with torch.autocast(device, enabled=False):
+        yield dtype
+
+
+def _write(decoding: DecodingModel, rows: list[_Row], options: SamplingOptions, on_text: OnText | None) -> None:
+    """Read the prompts, then add a token to every row at a time until the last row ends."""
+    steps = max(row.limit for row in rows)
+    # The last token of a row is never fed.
+    logits = decoding.read([row.prompt_ids for row in rows], max(len(row.prompt_ids) + row.limit for row in rows) - 1)
+    device = logits.device
     tokens, real = _pad_left([row.prompt_ids for row in rows])  # (B, T)
-    width, steps = tokens.shape[1], max(row.limit for row in rows)
-    cache = KeyValueCache(
-        model.config,
-        len(rows),
-        width + steps - 1,  # the last token is never fed
-        padding=(~real).sum(1).to(weight.device),
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-    history = pad(tokens, (0, steps)).to(weight.device)  # (B, T + steps)
-    real = pad(real, (0, steps), value=True).to(weight.device)
+    width = tokens.shape[1]
+    history = pad(tokens, (0, steps)).to(device)  # (B, T + steps)
+    real = pad(real, (0, steps), value=True).to(device)
     uniform = None
     if not options.greedy:
-        uniform = uniform_rows(options.seed, [row.repeat for row in rows], steps).to(weight.device)
-    fed = history[:, :width]  # (B, T), then (B, 1)
+        uniform = uniform_rows(options.seed, [row.repeat for row in rows], steps).to(device)
     for step in range(steps):
-        logits = _next_logits(model, fed, cache)  # (B, V)
         now = width + step
         draws = None if uniform is None else uniform[:, step]
         chosen = next_tokens(logits, history[:, :now], real[:, :now], options, draws)  # (B,)
         history[:, now] = chosen
-        fed = chosen[:, None]
         for row, token in zip(rows, chosen.tolist(), strict=True):
             text = "" if row.finish_reason else row.add(token)
             if text and on_text:
                 on_text(row.index, text)
         if all(row.finish_reason for row in rows):
             return
-
-
-def _next_logits(model: Decoder, fed: Tensor, cache: KeyValueCache) -> Tensor:
-    """(B, T) to (B, V) float32, at the last token."""
-    # A row that has ended may run past the last position while others go on; nobody reads it.
-    positions = cache.positions(fed.shape[1], fed.device).clamp(max=model.config.max_seq_len - 1)
-    hidden = model(fed, position_ids=positions, cache=cache)[:, -1]  # (B, D)
-    return model.logits(hidden).float()
+        logits = decoding.step(chosen)  # (B, V)
 
 
 def _pad_left(rows: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -142,6 +142,14 @@ def test_rows_do_not_depend_on_each_other(model: Decoder, tokenizer: Tokenizer) 
     assert together == generate(model, tokenizer, prompts[::-1], SAMPLED)[::-1]
 
 
+def test_rows_do_not_depend_on_each_other_in_bfloat16_either(model: Decoder, tokenizer: Tokenizer) -> None:
+    prompts = ["", POEM[:30], "Zwölf", "words", POEM]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        together = generate(model, tokenizer, prompts, SAMPLED)
+        assert together == [generate(model, tokenizer, [prompt], SAMPLED)[0] for prompt in prompts]
+    assert together != generate(model, tokenizer, prompts, SAMPLED)  # autocast is heard
+
+
 def test_the_seed_decides_and_a_repeated_prompt_differs(model: Decoder, tokenizer: Tokenizer) -> None:
     state = torch.get_rng_state()
     first, second = generate(model, tokenizer, ["words", "words"], SAMPLED)

@@ -16,9 +16,10 @@ from seedbed.errors import ConfigError, DataError
 from seedbed.text.template import find_template
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from seedbed.evaluate import Evaluation
+    from seedbed.generate import Completion
     from seedbed.model.decoder import Decoder
     from seedbed.text.template import Template
     from seedbed.text.tokenizer import Tokenizer
@@ -33,6 +34,12 @@ model_option = click.option(
 )
 domain_option = click.option("--domain", help="The model as it was after this domain, from its history.")
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps. [auto]")
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
+    default="auto",
+    help="Of the matrix products; auto takes what this hardware accelerates. [auto]",
+)
 
 
 @click.command(cls=Verb, epilog="Example: seedbed evaluate --model runs/demo --data other.txt --stride 128")
@@ -183,6 +190,7 @@ def held_out_evaluation(run: str, console: Console) -> tuple[Decoder, Tokenizer,
 @click.option("--chat", is_flag=True, help="Give each prompt as a question, in the model's chat template.")
 @click.option("--system", help="With --chat, what the model is told before the question.")
 @device_option
+@precision_option
 @json_option
 @sections(SamplingOptions)
 @click.pass_context
@@ -196,6 +204,7 @@ def generate(
     chat: bool,
     system: str | None,
     device: str,
+    precision: str,
     as_json: bool,
     **_flags: Any,
 ) -> None:
@@ -207,12 +216,11 @@ def generate(
     options = read_section(SamplingOptions, given(ctx, SamplingOptions.model_fields), FLAGS)
     prompts = [*prompt, *([_read_prompt(prompt_file)] if prompt_file else [])] or [""]
     from seedbed.checkpoint import load_model
-    from seedbed.generate import generate as write
 
     decoder, tokenizer = load_model(model, device)
     questions = [_question(tokenizer, model, text, system) for text in prompts] if chat else prompts
     if as_json or len(prompts) > 1:
-        completions = write(decoder, tokenizer, questions, options)
+        completions = _write(decoder, tokenizer, questions, options, precision)
         if as_json:
             rows = [
                 {"prompt": prompt, "text": c.text, "finish_reason": c.finish_reason}
@@ -225,8 +233,27 @@ def generate(
         return
     if not chat:
         click.echo(prompts[0], nl=False)
-    write(decoder, tokenizer, questions, options, on_text=lambda _, text: click.echo(text, nl=False))
+    _write(decoder, tokenizer, questions, options, precision, shown=True)
     click.echo()
+
+
+def _write(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    options: SamplingOptions,
+    precision: str,
+    *,
+    shown: bool = False,
+) -> list[Completion]:
+    """What follows the prompts, with products as `--precision` has them; if `shown`, as it is written."""
+    from seedbed.device import autocast, pick_precision
+    from seedbed.generate import generate as write
+
+    device = decoder.head_weight().device
+    with autocast(device, pick_precision(precision, device)):
+        on_text = (lambda _, text: click.echo(text, nl=False)) if shown else None
+        return write(decoder, tokenizer, prompts, options, on_text=on_text)
 
 
 def _question(tokenizer: Tokenizer, model: str, text: str, system: str | None) -> list[int]:
@@ -249,9 +276,19 @@ def _own_template(tokenizer: Tokenizer, model: str) -> Template:
 @domain_option
 @click.option("--system", help="What the model is told before the conversation.")
 @device_option
+@precision_option
 @sections(SamplingOptions)
 @click.pass_context
-def chat(ctx: click.Context, /, model: str, domain: str | None, system: str | None, device: str, **_flags: Any) -> None:
+def chat(
+    ctx: click.Context,
+    /,
+    model: str,
+    domain: str | None,
+    system: str | None,
+    device: str,
+    precision: str,
+    **_flags: Any,
+) -> None:
     """Talk with a model that was taught to answer; an empty line or Ctrl-D ends the conversation.
 
     All that was said is read again at each turn. When it no longer fits the context, the oldest turns are forgotten.
@@ -260,7 +297,6 @@ def chat(ctx: click.Context, /, model: str, domain: str | None, system: str | No
     model = at_domain(model, domain)
     options = read_section(SamplingOptions, given(ctx, SamplingOptions.model_fields), FLAGS)
     from seedbed.checkpoint import load_model
-    from seedbed.generate import generate as write
 
     decoder, tokenizer = load_model(model, device)
     template = _own_template(tokenizer, model)
@@ -272,7 +308,7 @@ def chat(ctx: click.Context, /, model: str, domain: str | None, system: str | No
         while len(prompt) + options.max_new_tokens > decoder.config.max_seq_len and len(turns) > 1:
             turns = turns[2:]  # a question and its answer
             prompt = template.prompt_ids([*told, *turns])
-        [answer] = write(decoder, tokenizer, [prompt], options, on_text=lambda _, text: click.echo(text, nl=False))
+        [answer] = _write(decoder, tokenizer, [prompt], options, precision, shown=True)
         turns.append({"role": "assistant", "content": answer.text})
         click.echo()
 

@@ -163,9 +163,9 @@ FLAGS: dict[str, set[str]] = {
         "--device",
         "--json",
     },
-    "generate": {"--model", "--domain", "--prompt", "--prompt_file", "--chat", "--system", "--device", "--json"}
+    "generate": {"--model", "--domain", "--prompt", "--prompt_file", "--chat", "--system", "--device", "--precision", "--json"}
     | SAMPLING,
-    "chat": {"--model", "--domain", "--system", "--device"} | SAMPLING,
+    "chat": {"--model", "--domain", "--system", "--device", "--precision"} | SAMPLING,
     "tokenizer train": {"--type", "--output", "--json", "--vocab_size"} | TEXT,
     "tokenizer show": {"--text", "--data", "--json"},
     "data list": {"--json"},

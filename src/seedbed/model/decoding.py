@@ -1,0 +1,221 @@
+"""A decoder made ready to write: weights laid out for few tokens at a time, keys and values kept.
+
+B batch   T tokens of the prompts   S slots of the cache   N linear layers joined   D d_model   V vocabulary
+H query heads   K key-value heads   G query heads of each key-value head   E head_dim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from seedbed.model.attention import RMSNorm, rotation
+from seedbed.model.decoder import AdaptedLinear, Block, Decoder, GeluMLP
+
+# Kernels sum in another order for one row than for several, and for sequences of another length modulo 16. With
+# two rows or more, and lengths rounded up, a row's numbers are the same bit for bit whatever is beside it.
+LEAST_ROWS: Final = 2
+ROUNDED_TO: Final = 32
+
+Linear = Callable[[Tensor], Tensor]  # (..., in) to (..., out)
+Turn = tuple[Tensor, Tensor]  # what heads and their swapped halves are multiplied by, each (B or T, 1, E)
+
+
+class DecodingModel:
+    """A `Decoder` for rows that grow by a token at a time.
+
+    Products run in `dtype`, the residual stream and the norms in float32, as under autocast. A row's tokens stand
+    in the first slots of its cache, so nothing computed for it depends on the other rows. To make and use inside
+    `torch.inference_mode`.
+
+        decoding = DecodingModel(model, torch.bfloat16)
+        logits = decoding.read([[5, 6, 7], [8]], max_len=64)  # (2, V)
+        logits = decoding.step(logits.argmax(-1))  # (2, V)
+
+    Args:
+        model: its adapters are added to the weights beside them; later changes of the weights are not seen.
+        dtype: of weights and products.
+    """
+
+    def __init__(self, model: Decoder, dtype: torch.dtype) -> None:
+        head = model.embed_tokens.weight if model.lm_head is None else _weight(model.lm_head)
+        self._model, self._config, self._dtype = model, model.config, dtype
+        self._device = model.embed_tokens.weight.device
+        self._blocks = [_DecodingBlock(block, dtype) for block in model.blocks if isinstance(block, Block)]
+        self._final_norm, self._head = _norm(model.final_norm, dtype), _pack(head.to(dtype), None)
+
+    def read(self, prompts: Sequence[Sequence[int]], max_len: int) -> Tensor:
+        """Begin with these prompts, of a token or more each.
+
+        Args:
+            prompts: B rows of token ids, of any lengths.
+            max_len: slots of the cache: tokens of the longest row in the end, at most the positions of the model.
+
+        Returns:
+            (B, V) float32, the logits of what follows.
+        """
+        c, device = self._config, self._device
+        rows = [*prompts, *[[0]] * (LEAST_ROWS - len(prompts))]
+        self._asked, width = len(prompts), _rounded(max(map(len, prompts)))
+        # What fills up a short row comes after it: its own tokens never look there.
+        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)  # (B, T)
+        self._lengths = torch.tensor([len(row) for row in rows], device=device)  # (B,)
+        self._longest, self._max_len = max(map(len, prompts)), max_len
+        shape = (len(self._blocks), len(rows) * c.num_kv_heads, _rounded(max_len), c.head_dim)
+        # Attention to one token is faster in float32 on a CPU.
+        kept = torch.float32 if device.type == "cpu" else self._dtype
+        self._keys = torch.zeros(shape, dtype=kept, device=device)
+        self._values = torch.zeros(shape, dtype=kept, device=device)
+        slots = torch.arange(shape[2], device=device).clamp(max=c.max_seq_len - 1)
+        cos, sin = (x[0, 0] for x in rotation(slots[None], c.head_dim, c.rope_theta))  # (S, E/2)
+        self._cos, self._sin = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]  # (S, 1, E)
+
+        x = self._embed(tokens, slots[:width])  # (B, T, D)
+        turn = self._turn(slots[:width])
+        for layer, block in enumerate(self._blocks):
+            q, k, v = block.heads(x, turn)  # (B, T, H, E), (B, T, K, E) twice
+            self._keys[layer, :, :width] = k.transpose(1, 2).flatten(0, 1)
+            self._values[layer, :, :width] = v.transpose(1, 2).flatten(0, 1)
+            x = block.after(x, _attend_within(*(h.to(self._dtype) for h in (q, k, v))))
+        return self._logits(x[torch.arange(len(rows), device=device), self._lengths - 1])
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Add a token to every row, (B,), and give the logits of what follows, (B, V) float32.
+
+        A row that is full loses its last token.
+        """
+        tokens = F.pad(tokens, (0, len(self._lengths) - len(tokens)))
+        slots = self._lengths.clamp(max=self._max_len - 1)  # (B,)
+        self._lengths, self._longest = slots + 1, min(self._longest + 1, self._max_len)
+        by_head = slots.repeat_interleave(self._config.num_kv_heads)  # (B * K,)
+        seen = torch.arange(_rounded(self._longest), device=self._device) <= by_head[:, None, None]  # (B * K, 1, S)
+        mask = torch.zeros(seen.shape, dtype=self._keys.dtype, device=self._device).masked_fill_(~seen, float("-inf"))
+        places = torch.arange(len(by_head), device=self._device) * self._keys.shape[2] + by_head  # among all slots
+
+        x = self._embed(tokens, slots)  # (B, D)
+        turn = self._turn(slots)
+        for block, keys, values in zip(self._blocks, self._keys, self._values, strict=True):
+            q, k, v = block.heads(x, turn)  # (B, H, E), (B, K, E) twice
+            keys.flatten(0, 1).index_copy_(0, places, k.flatten(0, 1).to(keys.dtype))
+            values.flatten(0, 1).index_copy_(0, places, v.flatten(0, 1).to(keys.dtype))
+            q = q.reshape(len(keys), -1, q.shape[-1]).to(keys.dtype)  # (B * K, G, E)
+            y = _attend_back(q, keys[:, : seen.shape[2]], values[:, : seen.shape[2]], mask)  # (B * K, G, E)
+            x = block.after(x, y.view(len(tokens), -1).to(self._dtype))
+        return self._logits(x)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x: Tensor = self._model.embed_tokens(tokens).float()
+        return x if self._model.embed_positions is None else x + self._model.embed_positions(positions)
+
+    def _turn(self, positions: Tensor) -> Turn | None:
+        if self._config.position == "learned":
+            return None
+        return self._cos[positions], self._sin[positions]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self._head(self._final_norm(x))[: self._asked].float()
+
+
+class _DecodingBlock:
+    """A block's linear layers joined where they read the same, and laid out for few tokens."""
+
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+        attention, mlp = block.attention, block.mlp
+        self._attention_norm, self._mlp_norm = _norm(block.attention_norm, dtype), _norm(block.mlp_norm, dtype)
+        self._q_norm, self._k_norm = attention.q_norm, attention.k_norm
+        self._qkv = _join([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self._out = _join([attention.o_proj], dtype)
+        self._up = _join([mlp.up_proj] if isinstance(mlp, GeluMLP) else [mlp.gate_proj, mlp.up_proj], dtype)
+        self._down = _join([mlp.down_proj], dtype)
+        self._gelu, self._size = isinstance(mlp, GeluMLP), attention.head_dim
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self._heads = [layer.out_features // self._size for layer in projections]
+
+    def heads(self, x: Tensor, turn: Turn | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., D) to queries, keys and values, (..., H or K, E), float32, normalised and turned."""
+        joined = self._qkv(self._attention_norm(x)).float()
+        heads = joined.view(*x.shape[:-1], -1, self._size)  # (..., H + 2 K, E)
+        q, k, v = torch.split(heads, self._heads, dim=-2)
+        q, k = self._q_norm(q), self._k_norm(k)
+        if turn is not None:
+            q, k = _rotate(q, turn), _rotate(k, turn)
+        return q, k, v
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """What attention saw, (..., H * E), goes into the residual stream, (..., D); then the MLP."""
+        x = x + self._out(y)
+        h = self._up(self._mlp_norm(x))
+        if self._gelu:
+            h = F.gelu(h, approximate="tanh")
+        else:
+            gate, h = h.chunk(2, -1)
+            h = F.silu(gate) * h
+        return x + self._down(h)
+
+
+def _rounded(length: int) -> int:
+    return -(-length // ROUNDED_TO) * ROUNDED_TO
+
+
+def _rotate(x: Tensor, turn: Turn) -> Tensor:
+    """`seedbed.model.attention.rotate` in three calls: the halves of (..., H, E) are swapped."""
+    return torch.addcmul(x * turn[0], x.roll(x.shape[-1] // 2, -1), turn[1])
+
+
+def _attend_within(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, T, H, E) and (B, T, K, E) twice, all of it new, to (B, T, H * E)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, E)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2).flatten(2)
+
+
+def _attend_back(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The heads (B * K, G, E) that share keys and values (B * K, S, E), which no kernel repeats, to (B * K, G, E)."""
+    scores = torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5)  # (B * K, G, S)
+    return torch.bmm(scores.softmax(-1), v)
+
+
+def _norm(norm: nn.Module, dtype: torch.dtype) -> Linear:
+    """The norm of float32, in float32, to the type of the products."""
+    assert isinstance(norm, nn.LayerNorm | RMSNorm)
+    weight, shape, eps = norm.weight.float(), norm.weight.shape, norm.eps
+    if isinstance(norm, nn.LayerNorm):
+        bias = norm.bias.float()
+        return lambda x: F.layer_norm(x, shape, weight, bias, eps).to(dtype)
+    # x / sqrt(|x|^2 / D + eps) = sqrt(D) x / sqrt(|x|^2 + D eps): three kernels where torch's own takes seven.
+    size, floor = shape[0], torch.tensor((shape[0] * eps) ** 0.5, device=weight.device)
+    scaled = weight * size**0.5
+    return lambda x: (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(floor) * scaled).to(dtype)
+
+
+def _join(layers: Sequence[nn.Linear], dtype: torch.dtype) -> Linear:
+    weight = torch.cat([_weight(layer).to(dtype) for layer in layers])  # (N * out, in)
+    biases = [layer.bias.to(dtype) for layer in layers if layer.bias is not None]
+    return _pack(weight, torch.cat(biases) if biases else None)
+
+
+def _weight(layer: nn.Linear) -> Tensor:
+    return layer.effective_weight() if isinstance(layer, AdaptedLinear) else layer.weight
+
+
+def _pack(weight: Tensor, bias: Tensor | None) -> Linear:
+    """The product with a weight (out, in); on a CPU in oneDNN's own order, at half the time for few tokens."""
+    if weight.device.type != "cpu" or not _packs(weight.dtype):
+        return lambda x: F.linear(x, weight, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: multiply(x, packed, bias, "none", [], "")
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there and multiplies this type."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if dtype in supported:
+        return bool(getattr(torch.ops.mkldnn, supported[dtype])())
+    return dtype == torch.float32

@@ -1,0 +1,133 @@
+"""What writes gives the logits of the decoder it was made from, whatever stands beside a row."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seedbed.evaluate import evaluation_mode
+from seedbed.lora import Adapter, add_adapter
+from seedbed.model.config import DecoderConfig, from_scratch
+from seedbed.model.decoder import Decoder
+from seedbed.model.decoding import DecodingModel
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {"num_kv_heads": 2, "rope_theta": 100.0},
+    "qwen2": {"num_kv_heads": 1, "tie_embeddings": False},
+    "qwen3": {"num_kv_heads": 2},
+}
+LENGTHS = (33, 1, 60, 7)
+FED = 5  # tokens of each row that are added one by one
+POSITIONS = 64
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Decoder:
+    return decoder(config(request.param))
+
+
+def config(family: str) -> DecoderConfig:
+    sizes: dict[str, Any] = {
+        "vocab_size": 301,
+        "d_model": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "max_seq_len": POSITIONS,
+    }
+    return dataclasses.replace(from_scratch(family, **sizes, **FAMILIES[family]), init_std=0.2)
+
+
+def decoder(config: DecoderConfig) -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(config).eval()
+    for name, weight in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            torch.nn.init.normal_(weight, mean=float(name.endswith("weight")), std=0.2)
+    return model
+
+
+def rows(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(301, (length + FED - 1,), generator=generator).tolist() for length in lengths]
+
+
+def decoded(model: Decoder, rows: list[list[int]], dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, FED, V): the logits after each row without its last tokens, and after each of these."""
+    with evaluation_mode(model):
+        decoding = DecodingModel(model, dtype)
+        logits = [decoding.read([row[: 1 - FED] for row in rows], max(map(len, rows)))]
+        logits += [decoding.step(torch.tensor([row[at] for row in rows])) for at in range(1 - FED, 0)]
+        return torch.stack(logits, dim=1)
+
+
+def direct(model: Decoder, rows: list[list[int]]) -> Tensor:
+    """The same from the decoder, each row whole and alone."""
+    with evaluation_mode(model):
+        return torch.stack([model.logits(model(torch.tensor([row])))[0, -FED:] for row in rows])
+
+
+def test_logits_are_those_of_the_decoder(model: Decoder) -> None:
+    torch.testing.assert_close(decoded(model, rows()), direct(model, rows()), rtol=1e-4, atol=1e-4)
+
+
+def test_logits_are_the_same_without_onednn(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seedbed.model.decoding._packs", lambda _: False)
+    torch.testing.assert_close(decoded(model, rows()), direct(model, rows()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_the_same_alone(model: Decoder, dtype: torch.dtype) -> None:
+    together = decoded(model, rows(), dtype)
+    for row, logits in zip(rows(), together, strict=True):
+        torch.testing.assert_close(decoded(model, [row], dtype)[0], logits, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_as_near_as_under_autocast(model: Decoder) -> None:
+    exact = direct(model, rows())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        allowed = (direct(model, rows()) - exact).abs().mean()
+    assert (decoded(model, rows(), torch.bfloat16) - exact).abs().mean() < 1.25 * allowed
+
+
+def test_weights_of_half_precision_decode_too(model: Decoder) -> None:
+    half = decoder(model.config).to(torch.bfloat16)
+    whole = decoder(model.config)
+    whole.load_state_dict({name: weight.float() for name, weight in half.state_dict().items()})
+    torch.testing.assert_close(decoded(half, rows()), direct(whole, rows()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("train_embeddings", [False, True])
+def test_an_adapter_is_added(model: Decoder, dora: bool, train_embeddings: bool) -> None:
+    adapted = decoder(model.config)
+    modules = ("blocks.0.attention.k_proj", "blocks.1.mlp.down_proj", "lm_head")
+    options = {"dropout": 0.5, "rslora": False, "dora": dora, "train_embeddings": train_embeddings}
+    add_adapter(adapted, Adapter(r=4, alpha=8.0, modules=modules, **options))  # type: ignore[arg-type]
+    for name, weight in adapted.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(weight, std=0.2)
+    torch.testing.assert_close(decoded(adapted, rows()), direct(adapted, rows()), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(direct(adapted, rows()), direct(model, rows()), atol=0.1)
+
+
+def test_a_row_that_is_full_leaves_the_others_alone(model: Decoder) -> None:
+    short, full = rows((3,))[0], [9] * POSITIONS
+    with evaluation_mode(model):
+        decoding = DecodingModel(model, torch.float32)
+        decoding.read([full, short[: 1 - FED]], POSITIONS)
+        logits = [decoding.step(torch.tensor([9, token]))[1] for token in short[1 - FED :]]
+    torch.testing.assert_close(torch.stack(logits), direct(model, [short])[0, 1:], rtol=1e-4, atol=1e-4)
+
+
+def test_it_reads_anew(model: Decoder) -> None:
+    with evaluation_mode(model):
+        decoding = DecodingModel(model, torch.float32)
+        first = decoding.read(rows(), POSITIONS)
+        decoding.read([[1, 2]], 3)
+        decoding.step(torch.tensor([3]))
+        assert decoding.read(rows(), POSITIONS).equal(first)
