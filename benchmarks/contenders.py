@@ -103,7 +103,7 @@ class Place:
 
     def gpt2(self) -> Shape:
         tokenizer = str(self.data / "gpt2-tokenizer")
-        return Shape(12, 12, 768, 512, 4, 50_257, 3e-4, tokenizer, "gpt2.bin", "texts", timed=4)
+        return Shape(12, 12, 768, 512, 4, 50_257, 3e-4, tokenizer, "gpt2.bin", "texts", timed=2)
 
     def char(self) -> Shape:
         return Shape(6, 6, 384, 256, 16, 65, 1e-3, "char", "char.bin", "shakespeare_char", timed=10)

@@ -7,7 +7,7 @@ The contenders of a job run one after the other, each a process of its own, and 
 TEXTS is a folder with tinyshakespeare.txt, instruction-1100.json and gpt2-tokenizer/; FOLDER holds the model
 SmolLM2-135M-Instruct (`tests/starter.py`); the peers are pinned in `benchmarks/peers/requirements.txt`. Figures go to
 `benchmarks/results/speed.json` after every round, tables into `docs/performance.md`. Jobs that are not named keep
-theirs. All of them take about an hour and a half on two idle cores.
+theirs. All of them take about two hours on two idle cores.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from rich.console import Console
 from seedbed.checkpoint import find_model, load_model
 from seedbed.config import Layer, SamplingOptions, read_config_file, read_run_options, read_section, resolve
 from seedbed.data import open_whole
+from seedbed.device import Precision, autocast, pick_precision
 from seedbed.errors import ConfigError
 from seedbed.evaluate import Evaluation, evaluate
 from seedbed.generate import generate
@@ -52,6 +53,8 @@ class LanguageModel:
     path: Path
     decoder: Decoder
     tokenizer: Tokenizer
+    precision: Precision
+    """Of the matrix products when it writes."""
 
     @overload
     def generate(self, prompts: str, **options: Any) -> str: ...
@@ -65,8 +68,7 @@ class LanguageModel:
             ConfigError: an unknown option or value, or a prompt longer than the context.
         """
         several = [prompts] if isinstance(prompts, str) else list(prompts)
-        completions = generate(self.decoder, self.tokenizer, several, read_section(SamplingOptions, options, CALL))
-        texts = [completion.text for completion in completions]
+        texts = self._write(several, options)
         return texts[0] if isinstance(prompts, str) else texts
 
     def chat(self, question: str | Sequence[dict[str, str]], **options: Any) -> str:
@@ -83,8 +85,12 @@ class LanguageModel:
             raise ConfigError(f"{self.path} has no chat template, so it was not taught to answer; use generate()")
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
         prompt = find_template(self.tokenizer, None, "chat").prompt_ids(messages)
+        return self._write([prompt], options)[0]
+
+    def _write(self, prompts: Sequence[str | Sequence[int]], options: dict[str, Any]) -> list[str]:
         sampling = read_section(SamplingOptions, options, CALL)
-        return generate(self.decoder, self.tokenizer, [prompt], sampling)[0].text
+        with autocast(self.decoder.embed_tokens.weight.device, self.precision):
+            return [completion.text for completion in generate(self.decoder, self.tokenizer, prompts, sampling)]
 
     def evaluate(
         self, data: str, *, max_seq_len: int | None = None, stride: int | None = None, document: str | None = None
@@ -202,12 +208,18 @@ def _run(regime: str, from_run: str | None, config: str | None, quiet: bool, opt
     return Run(outcome.path, outcome.summary["status"], outcome.exit_code, outcome.summary)
 
 
-def load(path: str | Path, device: str = "auto") -> LanguageModel:
+def load(path: str | Path, device: str = "auto", precision: Precision | Literal["auto"] = "auto") -> LanguageModel:
     """The model in a checkpoint, a run folder (its best), or a transformers folder.
+
+    Args:
+        path: the folder.
+        device: where it is put; `auto` prefers CUDA, then MPS, then the CPU.
+        precision: of the matrix products when it writes; `auto` takes what the hardware accelerates.
 
     Raises:
         ConfigError: no such folder.
         CheckpointError: a damaged or incomplete one.
     """
     decoder, tokenizer = load_model(path, device)
-    return LanguageModel(find_model(path), decoder, tokenizer)
+    in_use = pick_precision(precision, decoder.embed_tokens.weight.device)
+    return LanguageModel(find_model(path), decoder, tokenizer, in_use)

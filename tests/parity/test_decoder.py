@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from seedbed.loss import linear_cross_entropy
-from seedbed.model.attention import KeyValueCache
 from seedbed.model.config import from_scratch
 from seedbed.model.decoder import Decoder
+from seedbed.model.decoding import DecodingModel
 from seedbed.model.families import config_from_hf
 from seedbed.model.weights import load_decoder, save_decoder
 
@@ -154,25 +154,17 @@ def test_packed_documents_are_as_if_alone(reference: Any, folder: Path, ids: Ten
     assert_close(packed, torch.cat(alone, dim=1))
 
 
-@pytest.mark.parametrize("prompt", [1, 5])
-def test_decoding_with_a_cache(reference: Any, folder: Path, ids: Tensor, prompt: int) -> None:
-    model = load_decoder(folder)
-    cache = KeyValueCache(model.config, batch_size=3, max_len=T)
-    with torch.no_grad():
-        pieces = [ids[:, :prompt], ids[:, prompt : prompt + 3], *torch.split(ids[:, prompt + 3 :], 1, dim=1)]
-        ours = torch.cat([logits_of(model, piece, cache=cache) for piece in pieces], dim=1)
-        assert_close(ours, reference(ids).logits)
-
-
-def test_decoding_left_padded_prompts_with_a_cache(reference: Any, folder: Path, ids: Tensor) -> None:
-    model, padding = load_decoder(folder), torch.tensor([3, 0, 5])
-    cache = KeyValueCache(model.config, batch_size=3, max_len=T, padding=padding)
-    with torch.no_grad():
-        pieces = [ids[:, :6], ids[:, 6:8], *torch.split(ids[:, 8:], 1, dim=1)]
-        ours = torch.cat([logits_of(model, piece, cache=cache) for piece in pieces], dim=1)
-        assert ours.isfinite().all()
-        for row, pad in enumerate(padding.tolist()):
-            assert_close(ours[row, pad:], reference(ids[row : row + 1, pad:]).logits[0])
+def test_decoding_prompts_of_unequal_lengths(reference: Any, folder: Path, ids: Tensor) -> None:
+    lengths, steps = (2, 7, 4), 5
+    with torch.inference_mode():
+        model = DecodingModel(load_decoder(folder), torch.float32)
+        rows = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+        logits = [model.read(rows, T)]
+        for step in range(steps):
+            logits.append(model.step(ids[range(3), [length + step for length in lengths]]))
+        for row, length in enumerate(lengths):
+            theirs = reference(ids[row : row + 1]).logits[0, length - 1 : length + steps]
+            assert_close(torch.stack(logits, dim=1)[row], theirs)
 
 
 def test_import_export_import_bit_for_bit(reference: Any, folder: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_public_methods(name: str) -> None:
 def test_options_of_functions() -> None:
     for train in (seedbed.pretrain, seedbed.finetune):
         assert list(inspect.signature(train).parameters) == ["from_run", "config", "quiet", "options"]
-    assert list(inspect.signature(seedbed.load).parameters) == ["path", "device"]
+    assert list(inspect.signature(seedbed.load).parameters) == ["path", "device", "precision"]
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

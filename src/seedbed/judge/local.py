@@ -3,7 +3,7 @@
 A small model seldom replies with a number alone. So it does not write: each possible reply is scored by its likelihood
 after the prompt, and the score is the mean over them (G-Eval; Liu et al., 2023).
 
-N possible replies   W tokens of the longest of them   T tokens of the prompt   V vocabulary   D d_model
+N possible replies   W tokens of the longest of them   V vocabulary
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from seedbed.checkpoint import load_model
-from seedbed.evaluate import evaluation_mode
 from seedbed.judge.answers import weights_digest
 from seedbed.judge.ask import OnReply, Reply, Request
 from seedbed.judge.prompts import VERDICTS
-from seedbed.model.attention import KeyValueCache
 from seedbed.model.decoder import Decoder
+from seedbed.model.decoding import DecodingModel
 from seedbed.text.template import Template, find_template
 from seedbed.text.tokenizer import Tokenizer
 
@@ -53,32 +52,36 @@ class LocalJudge:
         decoder, tokenizer = self._model
         template = find_template(tokenizer, None, "chat")
         for place, request in enumerate(requests):
-            on_reply(place, _reply(decoder, tokenizer, template, request))
+            on_reply(place, self._reply(decoder.config.max_seq_len, tokenizer, template, request))
+
+    @cached_property
+    def _decoding(self) -> DecodingModel:
+        decoder, _ = self._model
+        with torch.inference_mode():
+            return DecodingModel(decoder, decoder.embed_tokens.weight.dtype)
+
+    def _reply(self, positions: int, tokenizer: Tokenizer, template: Template, request: Request) -> Reply:
+        prompt = template.prompt_ids([{"role": "user", "content": request.prompt}])
+        choices = [str(score) for score in SCORES] if request.kind == "score" else list(VERDICTS)
+        replies = [[*tokenizer.encode(choice), tokenizer.eos_id] for choice in choices]
+        if len(prompt) + max(map(len, replies)) > positions:
+            return Reply(None, error=f"what it must read has {len(prompt):,} tokens, and its context {positions:,}")
+        shares = log_likelihoods(self._decoding, prompt, replies).softmax(-1)  # (N,)
+        if request.kind == "verdict":
+            return Reply(choices[int(shares.argmax())], len(prompt))
+        return Reply(f"{float(shares @ torch.tensor(SCORES, dtype=shares.dtype)):.2f}", len(prompt))
 
 
-def _reply(decoder: Decoder, tokenizer: Tokenizer, template: Template, request: Request) -> Reply:
-    prompt = template.prompt_ids([{"role": "user", "content": request.prompt}])
-    choices = [str(score) for score in SCORES] if request.kind == "score" else list(VERDICTS)
-    replies = [[*tokenizer.encode(choice), tokenizer.eos_id] for choice in choices]
-    positions = decoder.config.max_seq_len
-    if len(prompt) + max(map(len, replies)) > positions:
-        return Reply(None, error=f"what it must read has {len(prompt):,} tokens, and its context {positions:,}")
-    shares = log_likelihoods(decoder, prompt, replies).softmax(-1)  # (N,)
-    if request.kind == "verdict":
-        return Reply(choices[int(shares.argmax())], len(prompt))
-    return Reply(f"{float(shares @ torch.tensor(SCORES, dtype=shares.dtype)):.2f}", len(prompt))
-
-
-def log_likelihoods(decoder: Decoder, prompt: Sequence[int], replies: Sequence[Sequence[int]]) -> Tensor:
+def log_likelihoods(model: DecodingModel, prompt: Sequence[int], replies: Sequence[Sequence[int]]) -> Tensor:
     """Log-likelihood of each reply, of two tokens or more, after the prompt, which is read once: (N,) float32."""
-    width, device = max(map(len, replies)), decoder.head_weight().device
-    tokens = torch.tensor([[*reply, *[0] * (width - len(reply))] for reply in replies], device=device)  # (N, W)
-    real = torch.tensor([[place < len(reply) for place in range(width)] for reply in replies], device=device)  # (N, W)
-    cache = KeyValueCache(decoder.config, 1, len(prompt) + width - 1, device=device, dtype=decoder.head_weight().dtype)
-    with evaluation_mode(decoder):
-        first = decoder(torch.tensor([list(prompt)], device=device), cache=cache)[:, -1:]  # (1, T, D) to (1, 1, D)
-        cache.keys, cache.values = (x.repeat_interleave(len(replies), dim=1) for x in (cache.keys, cache.values))
-        rest = decoder(tokens[:, :-1], cache=cache)  # (N, W - 1, D)
-        hidden = torch.cat((first.expand(len(replies), -1, -1), rest), dim=1)  # (N, W, D)
-        chosen = decoder.logits(hidden).float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (N, W)
-        return (chosen * real).sum(-1).cpu()
+    width = max(map(len, replies))
+    with torch.inference_mode():
+        first = model.read([prompt], len(prompt) + width - 1)  # (1, V)
+        model.repeat(len(replies))
+        padded = [[*reply, *[0] * (width - len(reply))] for reply in replies]
+        tokens = torch.tensor(padded, device=first.device)  # (N, W)
+        rest = [model.step(column) for column in tokens[:, :-1].unbind(1)]  # (N, V) each
+        logits = torch.stack([first.expand(len(replies), -1), *rest], dim=1)  # (N, W, V)
+        chosen = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].cpu()  # (N, W)
+    real = torch.tensor([[place < len(reply) for place in range(width)] for reply in replies])  # (N, W)
+    return (chosen * real).sum(-1)

@@ -1,6 +1,6 @@
 """One decoder for GPT-2 and for the Llama-like families: what differs is in `DecoderConfig`.
 
-B batch   T tokens   S tokens seen (cached and new)   D d_model   F d_ff   V vocabulary
+B batch   T tokens   D d_model   F d_ff   V vocabulary
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from seedbed.model.attention import Attention, KeyValueCache, RMSNorm, Rotation, rotation
+from seedbed.model.attention import Attention, RMSNorm, Rotation, rotation
 from seedbed.model.config import DecoderConfig
 
 
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.d_model)
         self.embed_positions = nn.Embedding(c.max_seq_len, c.d_model) if c.position == "learned" else None
         self.embed_dropout = nn.Dropout(c.dropout if c.family == "gpt2" else 0.0)
-        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_layers))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.final_norm = make_norm(c)
         self.lm_head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.apply(self._init_weights)
@@ -79,25 +79,21 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
-        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             input_ids: (B, T).
-            position_ids: (B, T); counted from 0 (from the cache's end) when left out.
-            segment_ids: (B, T), the document a token belongs to; tokens see only their own. Not with a cache.
-            cache: what came before; the new tokens are added to it.
+            position_ids: (B, T); counted from 0 when left out.
+            segment_ids: (B, T), the document a token belongs to; tokens see only their own.
 
         Returns:
             (B, T, D).
         """
-        assert segment_ids is None or cache is None, "a cache holds one document a row"
         assert segment_ids is None or position_ids is not None, "positions restart in each segment"
-        tokens, device = input_ids.shape[1], input_ids.device
         if position_ids is None:
-            position_ids = cache.positions(tokens, device) if cache else torch.arange(tokens, device=device)[None]
-        mask = cache.mask(tokens, device) if cache else segment_mask(segment_ids)  # (B, 1, T, S)
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
+        mask = segment_mask(segment_ids)  # (B, 1, T, T)
         turn = None
         x = self.embed_tokens(input_ids)  # (B, T, D)
         if self.embed_positions is not None:
@@ -107,11 +103,9 @@ class Decoder(nn.Module):
         x = self.embed_dropout(x)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, turn, mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, turn, mask, use_reentrant=False)
             else:
-                x = block(x, turn, mask, cache)
-        if cache is not None:
-            cache.length += tokens
+                x = block(x, turn, mask)
         return self.final_norm(x)  # type: ignore[no-any-return]
 
     def head_weight(self) -> Tensor:
@@ -141,17 +135,17 @@ class Decoder(nn.Module):
 class Block(nn.Module):
     """Attention, then the MLP, each on a normalised copy and added back (pre-norm)."""
 
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
         self.mlp: GeluMLP | SwiGLU = GeluMLP(config) if config.mlp == "gelu" else SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, turn: Rotation | None, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation | None, mask: Tensor | None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        x = x + self.dropout(self.attention(for_products(self.attention_norm(x)), turn, mask, cache))
+        x = x + self.dropout(self.attention(for_products(self.attention_norm(x)), turn, mask))
         return x + self.dropout(self.mlp(for_products(self.mlp_norm(x))))  # type: ignore[no-any-return]
 
 

@@ -289,15 +289,15 @@ class _Trial:
 
         def look() -> None:
             with torch.no_grad(), autocast(self.device, self.precision):
-                kind.block(x, turn, mask, None)
+                kind.block(x, turn, mask)
 
         return train if training else look
 
     def _forward(self, kind: Kind, x: Tensor, turn: Any, mask: Tensor | None) -> Tensor:
         with autocast(self.device, self.precision):
             if self.checkpointing:
-                return checkpoint(kind.block, x, turn, mask, None, use_reentrant=False)  # type: ignore[no-any-return]
-            return kind.block(x, turn, mask, None)  # type: ignore[no-any-return]
+                return checkpoint(kind.block, x, turn, mask, use_reentrant=False)  # type: ignore[no-any-return]
+            return kind.block(x, turn, mask)  # type: ignore[no-any-return]
 
     def _weigh_block(self, kind: Kind, piece: Batch) -> tuple[float, float]:
         """Bytes that a block's forward pass leaves, and how many more its backward pass needs beside gradients."""

@@ -163,7 +163,17 @@ FLAGS: dict[str, set[str]] = {
         "--device",
         "--json",
     },
-    "generate": {"--model", "--domain", "--prompt", "--prompt_file", "--chat", "--system", "--device", "--precision", "--json"}
+    "generate": {
+        "--model",
+        "--domain",
+        "--prompt",
+        "--prompt_file",
+        "--chat",
+        "--system",
+        "--device",
+        "--precision",
+        "--json",
+    }
     | SAMPLING,
     "chat": {"--model", "--domain", "--system", "--device", "--precision"} | SAMPLING,
     "tokenizer train": {"--type", "--output", "--json", "--vocab_size"} | TEXT,

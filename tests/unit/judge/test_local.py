@@ -15,6 +15,7 @@ from seedbed.judge.prompts import VERDICTS
 from seedbed.judge.questions import Question
 from seedbed.model.config import from_scratch
 from seedbed.model.decoder import Decoder
+from seedbed.model.decoding import DecodingModel
 from seedbed.model.weights import save_decoder
 from seedbed.text.tokenizer import train_char
 
@@ -33,8 +34,9 @@ def test_likelihoods_are_those_of_the_whole_text(arch: str) -> None:
         with torch.inference_mode():
             shares = decoder.logits(decoder(text)).float().log_softmax(-1)[0]
         expected.append(sum(float(shares[len(prompt) - 1 + place, token]) for place, token in enumerate(reply)))
-    assert log_likelihoods(decoder, prompt, replies).tolist() == pytest.approx(expected, abs=1e-4)
-    assert not decoder.training
+    with torch.inference_mode():
+        decoding = DecodingModel(decoder, torch.float32)
+    assert log_likelihoods(decoding, prompt, replies).tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def judge(folder: Path, max_seq_len: int, seed: int) -> LocalJudge:

@@ -99,9 +99,9 @@ def test_when_a_layer_uses_it(dtype: torch.dtype, dropout: float, used: bool, mo
 
     monkeypatch.setattr("seedbed.model.attention.block_attention", counted)
     config = from_scratch("gpt2", vocab_size=9, d_model=16, num_layers=1, num_heads=2, max_seq_len=8, dropout=dropout)
-    layer = Attention(config, 0).to(dtype)
+    layer = Attention(config).to(dtype)
     x = torch.randn(2, 8, 16, dtype=dtype)
-    layer(x, None, None, None)
+    layer(x, None, None)
     assert bool(calls) is used
-    layer.eval()(x, None, None, None)
+    layer.eval()(x, None, None)
     assert bool(calls) is (dtype == torch.bfloat16)

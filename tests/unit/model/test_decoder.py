@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from seedbed.model.attention import KeyValueCache, RMSNorm, rotate, rotation
+from seedbed.model.attention import RMSNorm, rotate, rotation
 from seedbed.model.config import SCRATCH_FAMILIES, DecoderConfig, from_scratch
 from seedbed.model.decoder import Decoder, num_parameters, segment_mask
 
@@ -174,8 +174,7 @@ def test_under_autocast_norms_and_the_residual_stream_stay_float32(arch: str, id
 
 def test_a_bfloat16_model_runs_in_bfloat16(arch: str, ids: Tensor) -> None:
     model = Decoder(tiny(arch)).bfloat16().eval()
-    cache = KeyValueCache(model.config, batch_size=2, max_len=10, dtype=torch.bfloat16)
-    assert model(ids, cache=cache).dtype == torch.bfloat16
+    assert model(ids).dtype == torch.bfloat16
 
 
 def test_rms_norm_divides_in_float32() -> None:
@@ -205,29 +204,6 @@ def test_shared_heads_repeated_or_by_the_kernel_are_the_same(ids: Tensor, monkey
     expected = model(ids)
     monkeypatch.setattr("seedbed.model.attention.SHARES_HEADS", ())  # as on a GPU
     torch.testing.assert_close(model(ids), expected)
-
-
-def test_the_cache_refuses_more_than_it_holds(ids: Tensor) -> None:
-    model = Decoder(tiny("llama")).eval()
-    with pytest.raises(AssertionError, match="10 tokens in a cache of 9"):
-        model(ids, cache=KeyValueCache(model.config, batch_size=2, max_len=9))
-
-
-def test_positions_and_masks_of_the_cache() -> None:
-    cache = KeyValueCache(tiny("llama"), batch_size=2, max_len=9, padding=torch.tensor([2, 0]))
-    cpu = torch.device("cpu")
-    assert cache.positions(4, cpu).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
-    mask = cache.mask(3, cpu)
-    assert mask is not None
-    assert mask[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]  # padding sees itself only
-    assert mask[1, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
-    cache.length = 4
-    assert cache.positions(1, cpu).tolist() == [[2], [4]]
-    mask = cache.mask(1, cpu)
-    assert mask is not None
-    assert mask[:, 0, 0].int().tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
-    even = KeyValueCache(tiny("llama"), batch_size=2, max_len=9, padding=torch.tensor([0, 0]))
-    assert even.mask(3, cpu) is None  # no padding: the fast path
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -124,6 +124,17 @@ def test_a_row_that_is_full_leaves_the_others_alone(model: Decoder) -> None:
     torch.testing.assert_close(torch.stack(logits), direct(model, [short])[0, 1:], rtol=1e-4, atol=1e-4)
 
 
+def test_a_row_goes_on_in_copies(model: Decoder) -> None:
+    [start], ends = rows((7,)), [[5, 6], [7, 8], [5, 9]]
+    with evaluation_mode(model):
+        decoding = DecodingModel(model, torch.float32)
+        decoding.read([start], POSITIONS)
+        decoding.repeat(3)
+        logits = torch.stack([decoding.step(torch.tensor(column)) for column in zip(*ends, strict=True)], dim=1)
+    for row, end in enumerate(ends):
+        torch.testing.assert_close(logits[row], direct(model, [[*start, *end]])[0, -2:], rtol=1e-4, atol=1e-4)
+
+
 def test_it_reads_anew(model: Decoder) -> None:
     with evaluation_mode(model):
         decoding = DecodingModel(model, torch.float32)
