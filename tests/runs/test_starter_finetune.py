@@ -92,7 +92,7 @@ def test_it_talks(adapted: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     """Two turns, the second of which only makes sense after the first."""
     lines = iter(["Which city is the capital of France?", "And of Italy?", ""])
     monkeypatch.setattr("builtins.input", lambda _prompt: next(lines))
-    assert run(["chat", "--model", str(adapted), "--greedy", "--max_new_tokens", "20"]) == 0
+    assert run(["chat", "--model", str(adapted), "--greedy", "--max_new_tokens", "20", "--precision", "fp32"]) == 0
     first, second = capsys.readouterr().out.splitlines()[:2]
     assert "Paris" in first
     assert "Rome" in second
