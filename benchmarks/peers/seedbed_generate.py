@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 
-from steps import passages, report_speed
+from steps import generation_parser, passages, report_speed
 
 import seedbed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--text", type=Path, required=True, help="where the prompts are taken from")
-    parser.add_argument("--batch", type=int, required=True)
-    parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--timed", type=int, default=3)
-    flags = parser.parse_args()
+    flags = generation_parser(__doc__).parse_args()
     model = seedbed.load(flags.model)
     prompts = passages(flags.text, flags.batch)
     seconds = []

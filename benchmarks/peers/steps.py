@@ -73,6 +73,17 @@ def training_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def generation_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags of greedy texts written after prompts."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", type=Path, required=True, help="where the prompts are taken from")
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--timed", type=int, default=3)
+    return parser
+
+
 def rows(tokens: Path, length: int, count: int) -> Tensor:
     """The first rows of a file of tokens, (count, length)."""
     import numpy as np

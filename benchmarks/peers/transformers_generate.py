@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from steps import passages, report_speed
+from steps import generation_parser, passages, report_speed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 END = "<|im_end|>"
@@ -17,12 +15,7 @@ END = "<|im_end|>"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--text", type=Path, required=True, help="where the prompts are taken from")
-    parser.add_argument("--batch", type=int, required=True)
-    parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--timed", type=int, default=3)
+    parser = generation_parser(__doc__)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--static", action="store_true", help="a static cache")
     parser.add_argument("--compile", action="store_true")

@@ -250,7 +250,7 @@ def _write(
     from seedbed.device import autocast, pick_precision
     from seedbed.generate import generate as write
 
-    device = decoder.head_weight().device
+    device = decoder.embed_tokens.weight.device
     with autocast(device, pick_precision(precision, device)):
         on_text = (lambda _, text: click.echo(text, nl=False)) if shown else None
         return write(decoder, tokenizer, prompts, options, on_text=on_text)
