@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -25,6 +26,7 @@ from seedbed.errors import ConfigError
 from seedbed.evaluate import Evaluation, evaluate
 from seedbed.generate import generate
 from seedbed.model.decoder import Decoder
+from seedbed.model.decoding import DecodingModel
 from seedbed.text.template import find_template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.run import run_training
@@ -48,7 +50,10 @@ class Run:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model with its tokenizer, from any checkpoint, run or transformers folder. Made by `load`."""
+    """A model with its tokenizer, from any checkpoint, run or transformers folder. Made by `load`.
+
+    It writes with the weights of its first call; after changing those of `decoder`, take `dataclasses.replace(model)`.
+    """
 
     path: Path
     decoder: Decoder
@@ -89,8 +94,13 @@ class LanguageModel:
 
     def _write(self, prompts: Sequence[str | Sequence[int]], options: dict[str, Any]) -> list[str]:
         sampling = read_section(SamplingOptions, options, CALL)
+        completions = generate(self.decoder, self.tokenizer, prompts, sampling, decoding=self._decoding)
+        return [completion.text for completion in completions]
+
+    @cached_property
+    def _decoding(self) -> DecodingModel:
         with autocast(self.decoder.embed_tokens.weight.device, self.precision):
-            return [completion.text for completion in generate(self.decoder, self.tokenizer, prompts, sampling)]
+            return DecodingModel(self.decoder)
 
     def evaluate(
         self, data: str, *, max_seq_len: int | None = None, stride: int | None = None, document: str | None = None

@@ -6,8 +6,7 @@ B batch   T tokens of the prompts, padded on the left   V vocabulary
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -47,6 +46,7 @@ def generate(
     *,
     batch_size: int = 16,
     on_text: OnText | None = None,
+    decoding: DecodingModel | None = None,
 ) -> list[Completion]:
     """Continue each prompt; completions come in the order of the prompts.
 
@@ -57,33 +57,26 @@ def generate(
 
     Args:
         model: products run in the type of autocast where it is on, else in the model's; its training mode is
-            restored. Its weights are laid out anew for each call, which takes their memory once more.
+            restored.
         tokenizer: the one the model was trained with.
         prompts: texts, or token ids (a conversation's, see `Template.prompt_ids`); `batch_size` at a time.
         options: how to choose tokens and when to stop.
         batch_size: prompts written at once.
         on_text: called with a prompt's index and the next piece of its text: whole characters, and never a
             part of a stop string. The pieces add up to `Completion.text`.
+        decoding: `model`, laid out for writing; by default that is done anew, which takes its memory once more.
 
     Raises:
         ConfigError: a prompt has more tokens than the model has positions, or a stop string is empty.
     """
     rows = _rows(model, tokenizer, prompts, options)
-    with evaluation_mode(model), _own_types(model) as dtype:
-        decoding = DecodingModel(model, dtype)
+    decoding = decoding or DecodingModel(model)
+    device = model.embed_tokens.weight.device.type
+    # What decodes chooses its types itself.
+    with evaluation_mode(model), torch.autocast(device, enabled=False):
         for first in range(0, len(rows), batch_size):
             _write(decoding, rows[first : first + batch_size], options, on_text)
     return [row.completion() for row in rows]
-
-
-@contextmanager
-def _own_types(model: Decoder) -> Iterator[torch.dtype]:
-    """The type of products; inside, autocast is off: what decodes chooses its types itself."""
-    weight = model.embed_tokens.weight
-    device = weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    with torch.autocast(device, enabled=False):
-        yield dtype
 
 
 def _write(decoding: DecodingModel, rows: list[_Row], options: SamplingOptions, on_text: OnText | None) -> None:

@@ -24,6 +24,7 @@ IGNORE: Final = -100  # the label of a token that is not predicted
 CPU_CHUNK: Final = (1024, 256 << 20)
 GPU_CHUNK: Final = (4096, 256 << 20)
 CPU_BLOCK: Final = 6 << 20  # bytes of float32 logits; on a GPU a block is the whole chunk
+VOCABULARY_SLICE: Final = 8192  # rows of the weight whose gradient from a chunk is in memory at once
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -94,18 +95,18 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, losses: _Losses, wanted: tuple[bool, bool]) -> Tensor:
         sums = _sum_type(weight)
         d_hidden = torch.zeros_like(hidden) if wanted[0] else None  # (N, D)
-        d_weight: Tensor | None = None  # (V, D)
+        d_weight = torch.zeros_like(weight, dtype=sums) if wanted[1] else None  # (V, D)
         total = torch.zeros((), dtype=sums, device=hidden.device)
         for chunk, nats in losses:
             total += nats.sum()
             d_logits = chunk.logits  # (n, V)
             if d_hidden is not None:
                 d_hidden[chunk.rows] = (d_logits @ chunk.weight).to(hidden.dtype)
-            if wanted[1]:
-                product = d_logits.T @ chunk.hidden
-                d_weight = product.to(sums) if d_weight is None else d_weight.add_(product)
-        if wanted[1]:
-            d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
+            if d_weight is not None:
+                for symbols in _slices(len(d_weight), VOCABULARY_SLICE):
+                    d_weight[symbols] += d_logits[:, symbols].T @ chunk.hidden
+        if d_weight is not None:
+            d_weight = d_weight.to(weight.dtype)
         ctx.gradients = d_hidden, d_weight
         return total
 
@@ -188,4 +189,8 @@ def chunk_tokens(vocab_size: int, device: str) -> int:
 def _blocks(chunk: _Chunk) -> Iterator[slice]:
     tokens, vocab_size = chunk.logits.shape
     block = max(1, CPU_BLOCK // (4 * vocab_size)) if chunk.logits.device.type == "cpu" else tokens
-    return (slice(start, start + block) for start in range(0, tokens, block))
+    return _slices(tokens, block)
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, length, size))

@@ -176,7 +176,7 @@ def test_time_limit_saves_and_goes_on_in_what_is_left(run_it: RunIt, tmp_path: P
 
 def test_cosine_time_reaches_the_floor_when_the_hours_run_out(run_it: RunIt, tmp_path: Path) -> None:
     options = {"lr_schedule": "cosine_time", "min_lr": 1e-5, "warmup_ratio": 0.1, "eval_every": 100_000}
-    outcome = run_it(tmp_path / "a", max_training_hours=4 / 3600, **options)
+    outcome = run_it(tmp_path / "a", max_training_hours=7 / 3600, **options)
     assert outcome.exit_code == 75
     rates = [r["lr"] for r in read_records(tmp_path / "a/metrics.jsonl") if "lr" in r]
     peak = max(rates)

@@ -219,8 +219,9 @@ def generate(
 
     decoder, tokenizer = load_model(model, device)
     questions = [_question(tokenizer, model, text, system) for text in prompts] if chat else prompts
+    writer = _Writer(decoder, tokenizer, options, precision)
     if as_json or len(prompts) > 1:
-        completions = _write(decoder, tokenizer, questions, options, precision)
+        completions = writer.write(questions)
         if as_json:
             rows = [
                 {"prompt": prompt, "text": c.text, "finish_reason": c.finish_reason}
@@ -233,27 +234,28 @@ def generate(
         return
     if not chat:
         click.echo(prompts[0], nl=False)
-    _write(decoder, tokenizer, questions, options, precision, shown=True)
+    writer.write(questions, shown=True)
     click.echo()
 
 
-def _write(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str | Sequence[int]],
-    options: SamplingOptions,
-    precision: str,
-    *,
-    shown: bool = False,
-) -> list[Completion]:
-    """What follows the prompts, with products as `--precision` has them; if `shown`, as it is written."""
-    from seedbed.device import autocast, pick_precision
-    from seedbed.generate import generate as write
+class _Writer:
+    """A model laid out to write, with products as `--precision` has them."""
 
-    device = decoder.embed_tokens.weight.device
-    with autocast(device, pick_precision(precision, device)):
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, options: SamplingOptions, precision: str) -> None:
+        from seedbed.device import autocast, pick_precision
+        from seedbed.model.decoding import DecodingModel
+
+        self._decoder, self._tokenizer, self._options = decoder, tokenizer, options
+        device = decoder.embed_tokens.weight.device
+        with autocast(device, pick_precision(precision, device)):
+            self._decoding = DecodingModel(decoder)
+
+    def write(self, prompts: Sequence[str | Sequence[int]], *, shown: bool = False) -> list[Completion]:
+        """What follows the prompts; if `shown`, also printed as it is written."""
+        from seedbed.generate import generate as write
+
         on_text = (lambda _, text: click.echo(text, nl=False)) if shown else None
-        return write(decoder, tokenizer, prompts, options, on_text=on_text)
+        return write(self._decoder, self._tokenizer, prompts, self._options, on_text=on_text, decoding=self._decoding)
 
 
 def _question(tokenizer: Tokenizer, model: str, text: str, system: str | None) -> list[int]:
@@ -300,6 +302,7 @@ def chat(
 
     decoder, tokenizer = load_model(model, device)
     template = _own_template(tokenizer, model)
+    writer = _Writer(decoder, tokenizer, options, precision)
     told = [{"role": "system", "content": system}] if system else []
     turns: list[dict[str, str]] = []
     while text := _next_line():
@@ -308,7 +311,7 @@ def chat(
         while len(prompt) + options.max_new_tokens > decoder.config.max_seq_len and len(turns) > 1:
             turns = turns[2:]  # a question and its answer
             prompt = template.prompt_ids([*told, *turns])
-        [answer] = _write(decoder, tokenizer, [prompt], options, precision, shown=True)
+        [answer] = writer.write([prompt], shown=True)
         turns.append({"role": "assistant", "content": answer.text})
         click.echo()
 

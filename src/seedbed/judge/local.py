@@ -56,9 +56,7 @@ class LocalJudge:
 
     @cached_property
     def _decoding(self) -> DecodingModel:
-        decoder, _ = self._model
-        with torch.inference_mode():
-            return DecodingModel(decoder, decoder.embed_tokens.weight.dtype)
+        return DecodingModel(self._model[0])
 
     def _reply(self, positions: int, tokenizer: Tokenizer, template: Template, request: Request) -> Reply:
         prompt = template.prompt_ids([{"role": "user", "content": request.prompt}])

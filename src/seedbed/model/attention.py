@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from seedbed.model.config import DecoderConfig
 from seedbed.model.cpu_attention import block_attention, suits_blocks
+from seedbed.model.linear import Linear
 
 SHARES_HEADS = ("cpu",)  # where the fast kernel shares key-value heads with a mask too; elsewhere they are repeated
 
@@ -29,10 +30,10 @@ class Attention(nn.Module):
         super().__init__()
         c = config
         self.head_dim, self.groups, self.dropout = c.head_dim, c.num_heads // c.num_kv_heads, c.dropout
-        self.q_proj = nn.Linear(c.d_model, c.num_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.d_model, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.d_model, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.d_model, bias=c.output_bias)
+        self.q_proj = Linear(c.d_model, c.num_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.d_model, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.d_model, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.num_heads * c.head_dim, c.d_model, bias=c.output_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 

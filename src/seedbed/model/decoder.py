@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from seedbed.model.attention import Attention, RMSNorm, Rotation, rotation
 from seedbed.model.config import DecoderConfig
+from seedbed.model.linear import Embedding, Linear, activated
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,14 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
         self.adapter: Adapter | None = None
         self.base: Base | None = None
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.d_model)
-        self.embed_positions = nn.Embedding(c.max_seq_len, c.d_model) if c.position == "learned" else None
+        self.embed_tokens = Embedding(c.vocab_size, c.d_model)
+        self.embed_positions = Embedding(c.max_seq_len, c.d_model) if c.position == "learned" else None
         self.embed_dropout = nn.Dropout(c.dropout if c.family == "gpt2" else 0.0)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.final_norm = make_norm(c)
         self.lm_head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
-        self.apply(self._init_weights)
+        if not self.embed_tokens.weight.is_meta:
+            self.apply(self._init_weights)
 
     def forward(
         self,
@@ -154,13 +156,12 @@ class GeluMLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+        self.up_proj = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down_proj = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        h = F.gelu(self.up_proj(x), approximate="tanh")  # (B, T, F)
-        return self.down_proj(h)  # type: ignore[no-any-return]  # (B, T, D)
+        return activated(self.down_proj, gelu, self.up_proj(x))  # (B, T, D), and (B, T, F) between
 
 
 class SwiGLU(nn.Module):
@@ -168,14 +169,23 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.up_proj = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down_proj = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        h = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, F)
-        return self.down_proj(h)  # type: ignore[no-any-return]  # (B, T, D)
+        return activated(self.down_proj, swiglu, self.gate_proj(x), self.up_proj(x))  # (B, T, D), and (B, T, F) between
+
+
+def gelu(x: Tensor) -> Tensor:
+    """By its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+def swiglu(gate: Tensor, x: Tensor) -> Tensor:
+    """`x`, as far as the gate lets it through."""
+    return F.silu(gate) * x
 
 
 def for_products(x: Tensor) -> Tensor:

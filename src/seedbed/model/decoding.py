@@ -30,7 +30,7 @@ class DecodingModel:
     """A `Decoder` for rows that grow by a token at a time.
 
     Products run in `dtype`, the residual stream and the norms in float32, as under autocast. A row's tokens stand
-    in the first slots of its cache, and nothing is computed from the other rows. To make and use inside
+    in the first slots of its cache, and nothing is computed from the other rows. To use inside
     `torch.inference_mode`.
 
         decoding = DecodingModel(model, torch.bfloat16)
@@ -39,10 +39,12 @@ class DecodingModel:
 
     Args:
         model: its adapters are added to the weights beside them; later changes of the weights are not seen.
-        dtype: of weights and products.
+        dtype: of weights and products; by default autocast's where it is on, else the model's.
     """
 
-    def __init__(self, model: Decoder, dtype: torch.dtype) -> None:
+    @torch.inference_mode()
+    def __init__(self, model: Decoder, dtype: torch.dtype | None = None) -> None:
+        dtype = dtype or _product_type(model)
         head = model.embed_tokens.weight if model.lm_head is None else _weight(model.lm_head)
         self._model, self._config, self._dtype = model, model.config, dtype
         self._device = model.embed_tokens.weight.device
@@ -135,6 +137,7 @@ class _DecodingBlock:
         attention, mlp = block.attention, block.mlp
         self._attention_norm, self._mlp_norm = _norm(block.attention_norm, dtype), _norm(block.mlp_norm, dtype)
         self._q_norm, self._k_norm = attention.q_norm, attention.k_norm
+        self._normalises = isinstance(attention.q_norm, RMSNorm)
         self._qkv = _join([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
         self._out = _join([attention.o_proj], dtype)
         self._up = _join([mlp.up_proj] if isinstance(mlp, GeluMLP) else [mlp.gate_proj, mlp.up_proj], dtype)
@@ -147,10 +150,14 @@ class _DecodingBlock:
         """(..., D) to queries, keys and values, (..., H or K, E), float32, normalised and turned."""
         joined = self._qkv(self._attention_norm(x)).float()
         heads = joined.view(*x.shape[:-1], -1, self._size)  # (..., H + 2 K, E)
-        q, k, v = torch.split(heads, self._heads, dim=-2)
-        q, k = self._q_norm(q), self._k_norm(k)
+        queries, keys, values = self._heads
+        if self._normalises:
+            q, k, v = torch.split(heads, self._heads, dim=-2)
+            heads = torch.cat((self._q_norm(q), self._k_norm(k), v), -2)
+        looking, v = torch.split(heads, [queries + keys, values], dim=-2)
         if turn is not None:
-            q, k = _rotate(q, turn), _rotate(k, turn)
+            looking = _rotate(looking, turn)
+        q, k = torch.split(looking, [queries, keys], dim=-2)
         return q, k, v
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
@@ -163,6 +170,12 @@ class _DecodingBlock:
             gate, h = h.chunk(2, -1)
             h = F.silu(gate) * h
         return x + self._down(h)
+
+
+def _product_type(model: Decoder) -> torch.dtype:
+    weight = model.embed_tokens.weight
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _rounded(length: int) -> int:

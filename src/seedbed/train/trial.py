@@ -68,7 +68,7 @@ class BlockCost:
     kept_bytes: float  # from its forward to its backward pass
     working_bytes: float  # beyond that and its gradients, while its backward pass runs
     weight_bytes: int
-    cast_bytes: int  # copies of its weights in the type of the products
+    cast_bytes: int  # copies of its weights in the type of the products, kept for the way back
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _with_weights(model: Decoder, kinds: Sequence[Kind], config: Config, device:
 def _materialized(model: Decoder, device: torch.device) -> Decoder:
     sample = copy.deepcopy(model).to_empty(device=device)
     for parameter in sample.parameters():
-        parameter.normal_(std=0.02)
+        parameter.uniform_(-0.03, 0.03)
     return sample
 
 
@@ -234,11 +234,11 @@ class _Trial:
         )
 
     def cast_bytes(self, block: Block) -> int:
-        """What autocast makes of a block's float32 matrices."""
+        """What autocast makes of a block's frozen float32 matrices; layers that learn cast theirs again."""
         if self.precision == "fp32":
             return 0
-        matrices = [p for p in block.parameters() if p.dim() >= 2 and not isinstance(p, NF4Weight)]
-        return sum(2 * p.numel() for p in matrices if p.dtype == torch.float32)
+        frozen = [p for p in block.parameters() if p.dim() >= 2 and not p.requires_grad]
+        return sum(2 * p.numel() for p in frozen if p.dtype == torch.float32 and not isinstance(p, NF4Weight))
 
     def piece(self, rows: int, width: int) -> Batch:
         """The first rows of the batch, and the first tokens of them."""
