@@ -149,9 +149,11 @@ def test_checkpointing_keeps_only_what_enters_a_block() -> None:
     assert spare.footprint.activations(4) < plain.footprint.activations(4) / 4
 
 
-def test_half_precision_holds_copies_of_the_weights() -> None:
+def test_half_precision_holds_a_copy_of_the_head_and_of_what_is_frozen_below_what_learns() -> None:
     assert quick(config()).footprint.cache == 0
-    assert quick(config(precision="bf16")).footprint.cache == 2 * (4 * BLOCK + 500 * 64)
+    assert quick(config(precision="bf16")).footprint.cache == 2 * 500 * 64
+    frozen = config("finetune", precision="bf16", freeze="blocks.2.*")
+    assert quick(frozen).footprint.cache == 2 * (BLOCK + 500 * 64)
 
 
 @pytest.mark.parametrize(
