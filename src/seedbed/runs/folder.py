@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from seedbed.errors import RunInUseError, StorageError
 
@@ -53,12 +54,13 @@ class RunFolder:
                 raise RunInUseError(
                     f"{path}: another process is training in this run folder; wait for it, or choose another --output"
                 ) from None
-        self._streams: dict[str, TextIO] = {}
+        self._records: dict[str, _Records] = {}
+        self._summary_refused: OSError | None = None
 
     def close(self) -> None:
-        for stream in self._streams.values():
-            stream.close()
-        self._streams.clear()
+        for records in self._records.values():
+            records.close()
+        self._records.clear()
         self._lock.close()
 
     def discard_if_empty(self) -> None:
@@ -73,23 +75,32 @@ class RunFolder:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Add one line to `metrics.jsonl`, `samples.jsonl` or `events.jsonl`."""
-        if name not in self._streams:
-            _cut_half_line(self.path / name)
-            self._streams[name] = (self.path / name).open("a", encoding="utf-8")
-        stream = self._streams[name]
-        stream.write(json.dumps(record, allow_nan=False) + "\n")
-        stream.flush()
+        """Add one line to `metrics.jsonl`, `samples.jsonl` or `events.jsonl`.
+
+        What the disk refuses is kept in memory and tried again with the next line; see `unwritten`.
+        """
+        if name not in self._records:
+            self._records[name] = _Records(self.path / name)
+        self._records[name].add(json.dumps(record, allow_nan=False))
 
     def event(self, kind: str, step: int, **details: Any) -> None:
         self.append("events.jsonl", {"event": kind, "step": step, **details})
 
+    @property
+    def unwritten(self) -> OSError | None:
+        """Why records wait in memory, or the summary is an older one; None when all is in its files."""
+        return next((records.refused for records in self._records.values() if records.refused), self._summary_refused)
+
     def positions(self) -> dict[str, int]:
-        """Length in bytes of the records so far, safely on disk: what a checkpoint remembers."""
+        """Length in bytes of the records so far, safely on disk: what a checkpoint remembers.
+
+        Raises:
+            OSError: the disk refuses some of them.
+        """
         lengths = {}
         for name in ("metrics.jsonl", "samples.jsonl"):
-            if name in self._streams:
-                os.fsync(self._streams[name].fileno())
+            if name in self._records:
+                self._records[name].sync()
             path = self.path / name
             lengths[name] = path.stat().st_size if path.exists() else 0
         return lengths
@@ -97,8 +108,8 @@ class RunFolder:
     def truncate(self, positions: Mapping[str, int]) -> None:
         """Forget records written after a checkpoint was made; they will be written again."""
         for name, length in positions.items():
-            if stream := self._streams.pop(name, None):
-                stream.close()
+            if records := self._records.pop(name, None):
+                records.close()
             path = self.path / name
             if path.exists() and path.stat().st_size > length:
                 os.truncate(path, length)
@@ -107,17 +118,69 @@ class RunFolder:
         write_atomically(self.path / "config.yaml", text)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        write_atomically(self.path / "metrics.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        """Replace `metrics.json`; see `unwritten`."""
+        self._summary_refused = None
+        try:
+            write_atomically(self.path / "metrics.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        except OSError as error:
+            self._summary_refused = error
+
+
+class _Records:
+    """A file of lines that grows; a line that the disk takes only half of is finished before the next."""
+
+    def __init__(self, path: Path) -> None:
+        self.refused: OSError | None = None
+        self._path = path
+        self._file: FileIO | None = None
+        self._waiting = bytearray()
+
+    def add(self, line: str) -> None:
+        self._waiting += line.encode() + b"\n"
+        with contextlib.suppress(OSError):
+            self._write()
+
+    def sync(self) -> None:
+        """All of it on disk.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        self._write()
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._write()
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self) -> None:
+        try:
+            if self._file is None:
+                _cut_half_line(self._path)
+                self._file = self._path.open("ab", buffering=0)
+            while self._waiting:
+                written = self._file.write(self._waiting)
+                del self._waiting[:written]
+        except OSError as error:
+            self.refused = error
+            raise
+        self.refused = None
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's text so that a reader sees the old or the new, never half of it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _cut_half_line(path: Path) -> None:
@@ -154,8 +217,8 @@ def update_summary(path: Path, **changes: Any) -> dict[str, Any]:
     try:
         summary = {**read_summary(path), **changes}
         run.write_summary(summary)
-    except OSError as error:
-        raise StorageError(f"{path}/metrics.json cannot be written ({error.strerror})") from None
+        if refused := run.unwritten:
+            raise StorageError(f"{path}/metrics.json cannot be written ({refused.strerror})")
     finally:
         run.close()
     return summary

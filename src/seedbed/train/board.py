@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,14 +28,19 @@ class Board:
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Points of a step; on a full disk TensorBoard's writer dies, and the run goes on without it."""
         if self._writer is None:
             return
-        for name, value in metrics.items():
-            kind, _, domain = name.partition("/")  # val_loss/DOMAIN: of something known earlier
-            if kind in _TAGS:
-                self._writer.add_scalar(f"{_TAGS[kind]}/{domain}".rstrip("/"), value, step)
-        self._writer.flush()
+        try:
+            for name, value in metrics.items():
+                kind, _, domain = name.partition("/")  # val_loss/DOMAIN: of something known earlier
+                if kind in _TAGS:
+                    self._writer.add_scalar(f"{_TAGS[kind]}/{domain}".rstrip("/"), value, step)
+            self._writer.flush()
+        except OSError:
+            self._writer = None
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):
+                self._writer.close()

@@ -28,6 +28,7 @@ from seedbed.train.board import Board
 from seedbed.train.continual import from_earlier_model
 from seedbed.train.corpus import keep_tokenizer
 from seedbed.train.finetune import from_pretrained_weights, hold_frozen
+from seedbed.train.forecast import NAME as MEMORY
 from seedbed.train.forecast import Forecast, describe_forecast, forecast_run
 from seedbed.train.ingredients import Ingredients
 from seedbed.train.job import Job, Prompt
@@ -71,6 +72,8 @@ def build_job(start: Start, display: Display) -> Job:
     schedule = make_schedule(training, total_steps)
     expected = forecast_run(made, optimizer, state, total_steps)
     findings = say_what_comes(display, made, schedule, expected)
+    if MEMORY not in config.watching.allow:
+        expected.require_memory()
 
     run.truncate(state.records or dict.fromkeys(RECORD_FILES, 0))
     keep_tokenizer(made.tokenizer, run.path)

@@ -6,7 +6,9 @@ import contextlib
 import ctypes
 import os
 import re
+import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -151,11 +153,51 @@ def resident_bytes() -> float:
 
 
 def free_bytes(device: torch.device) -> float | None:
-    """What the device, or for a CPU the machine, has left; None where nothing says so."""
+    """What this process may still take: of the GPU, or of the machine and every limit set on it; None where unknown."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or sys.platform != "linux" or not meminfo.exists():
+    if device.type != "cpu" or sys.platform != "linux":
         return None
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), flags=re.MULTILINE)
-    return float(match[1]) * 1024 if match else None
+    found = [*_left_of_machine(), *_left_of_groups(), *_left_of_addresses()]
+    return min(found) if found else None
+
+
+def _left_of_machine() -> Iterator[float]:
+    with contextlib.suppress(OSError):
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        yield from (float(kib) * 1024 for kib in re.findall(r"^MemAvailable:\s+(\d+) kB", text, flags=re.MULTILINE))
+
+
+def _left_of_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
+    """Of the control groups that the process is in (containers, batch systems, systemd's slices)."""
+    with contextlib.suppress(OSError):
+        for line in own.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            base = root / "memory" if controllers else root
+            names = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+            )
+            group = base / path.lstrip("/")
+            for folder in [group, *group.parents]:
+                yield from _left_of_group(folder, *names)
+                if folder == base:
+                    break
+
+
+def _left_of_group(folder: Path, limit: str, used: str) -> Iterator[float]:
+    """The page cache counts as used, but is given up first."""
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        most, now = (float((folder / name).read_text(encoding="ascii")) for name in (limit, used))
+        stat = (folder / "memory.stat").read_text(encoding="ascii")
+        cached = re.search(r"^(?:total_)?inactive_file (\d+)", stat, flags=re.MULTILINE)
+        yield most - now + (float(cached[1]) if cached else 0.0)
+
+
+def _left_of_addresses() -> Iterator[float]:
+    """Of `ulimit -v`."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
+        yield limit - float(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -14,6 +14,7 @@ import torch
 
 from seedbed.config import Config
 from seedbed.device import peak_memory_mb, pick_device, pick_precision
+from seedbed.errors import OutOfMemoryError
 from seedbed.findings import Finding
 from seedbed.lora import num_trainable
 from seedbed.loss import chunk_tokens
@@ -31,6 +32,8 @@ from seedbed.train.workload import Look, Workload, look_at, sizes_of, ways_to_ke
 
 NAME = "memory"
 """The finding that a run needs more memory than there is."""
+HOPELESS = 1.15
+"""Times what is free: beyond what a forecast may be wrong by."""
 UNPACKED = 20  # bytes a weight while bitsandbytes updates it on a CPU: both moments, the gradient and the update
 
 
@@ -86,6 +89,16 @@ class Forecast:
             "first_result_hours": self.first_result_hours,
             "disk_mb": self.disk_mb,
         }
+
+    def require_memory(self) -> None:
+        """Refuse a run that the system would kill in the middle.
+
+        Raises:
+            OutOfMemoryError: what it needs, what there is, and what would fit.
+        """
+        if self.free_bytes is not None and self.peak_bytes > HOPELESS * self.free_bytes:
+            [finding] = self.findings()
+            raise OutOfMemoryError(f"{finding} To try it all the same, add --allow {NAME}.")
 
     def findings(self) -> list[Finding]:
         """A warning when the run needs more memory than there is."""

@@ -20,6 +20,7 @@ from seedbed.schedule import Schedule
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.anchors import PredictionAnchor, WeightAnchor
 from seedbed.train.board import Board
+from seedbed.train.guard import Guard
 from seedbed.train.progress import Display
 from seedbed.train.state import TrainingState
 from seedbed.train.stopping import StopRequest
@@ -110,21 +111,30 @@ class Job:
     """What `metrics.json` says of the model and the text besides."""
     results: dict[str, Any] = field(default_factory=dict)
     """Figures for `metrics.json` that not every run has."""
+    guard: Guard = field(default_factory=Guard)
 
     @property
     def rows_per_step(self) -> int:
         return self.training.batch_size * self.training.grad_accumulation
 
     @property
+    def micro_batch_size(self) -> int:
+        """Rows at once."""
+        return self.state.micro_batch_size or self.training.batch_size
+
+    @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.rows) // self.rows_per_step)
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """The batches of update number `step` (from 0), of B rows each; the last of an epoch may be smaller."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        start = place * self.rows_per_step
-        end = min(start + self.rows_per_step, len(self.rows))
-        return list(batches_of(self.rows, epoch, start, end, self.training.batch_size))
+        """The batches of update number `step` (from 0), of B rows each; the last may be smaller."""
+        start, end = self.rows_of(step)
+        return list(batches_of(self.rows, step // self.steps_per_epoch, start, end, self.micro_batch_size))
+
+    def rows_of(self, step: int) -> tuple[int, int]:
+        """The first row of update number `step` in its epoch, and the first one after it."""
+        start = step % self.steps_per_epoch * self.rows_per_step
+        return start, min(start + self.rows_per_step, len(self.rows))
 
 
 def batches_of(rows: Rows, epoch: int, start: int, end: int, batch_size: int) -> Iterator[Batch]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Mapping
@@ -14,23 +13,27 @@ import torch
 
 from seedbed.checkpoint import link_checkpoint, read_state, rotate, save_checkpoint
 from seedbed.config import SamplingOptions
-from seedbed.data.batches import Batch
+from seedbed.data.rows import Rows
 from seedbed.device import autocast, describe, peak_memory_mb
-from seedbed.errors import DivergedError, OutOfMemoryError, SeedbedError
+from seedbed.errors import DivergedError, OutOfMemoryError, SeedbedError, StorageError
 from seedbed.generate import generate
-from seedbed.loss import linear_cross_entropy
-from seedbed.optim import optimizer_tensors, set_learning_rate
+from seedbed.optim import optimizer_tensors
 from seedbed.runs.folder import FINISHED, read_summary
 from seedbed.runs.series import NOTHING, read_series
+from seedbed.train.guard import Guard
 from seedbed.train.job import Job
 from seedbed.train.measure import held_out_loss
 from seedbed.train.progress import Display, perplexity
+from seedbed.train.recovery import MOST_ROLLBACKS, go_back, lower_and_set_aside
 from seedbed.train.spikes import WINDOW, RecentLosses, Usual, look_at_spike
+from seedbed.train.step import StepResult, TornUpdateError, is_out_of_memory, let_go, take_step
 from seedbed.train.stopping import StopRequest, Stopwatch, listen_for_signals
 from seedbed.train.verdict import LiveDiagnosis
 
 TIME_LIMIT_EXIT_CODE = 75
 MAX_SKIPPED_IN_A_ROW = 10
+SAVE_PAUSES = (0.0, 0.5, 2.0)  # seconds before each try
+MOST_FAILED_SAVES = 5  # one after the other
 MOST_FORGETTING = 1e6  # stands for a loss that is not finite, which JSON has no word for
 SAMPLE = SamplingOptions(max_new_tokens=60)
 
@@ -44,62 +47,13 @@ class Outcome:
     summary: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """One update: nats summed over its target tokens, and the gradient's norm before clipping."""
-
-    loss_sum: float
-    tokens: int
-    learning_rate: float
-    grad_norm: float
-    data_seconds: float
-    """Spent on making the batches."""
-
-    @property
-    def loss(self) -> float:
-        return self.loss_sum / self.tokens
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.loss_sum) and math.isfinite(self.grad_norm)
-
-
-def take_step(job: Job, budget_used: float) -> StepResult:
-    """One update from all micro-batches of the step, which count together by their tokens.
-
-    A non-finite gradient leaves the weights as they are.
-    """
-    began = time.perf_counter()
-    batches = job.micro_batches(job.state.step)
-    data_seconds = time.perf_counter() - began
-    tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
-    loss_sum = 0.0
-    for number, batch in enumerate(batches):
-        torch.manual_seed(dropout_seed(job.training.seed, job.state.step, number))
-        nats, objective = batch_objective(job, batch.to(job.device, non_blocking=True))
-        job.scaler.scale(objective / tokens).backward()  # type: ignore[no-untyped-call]
-        loss_sum += float(nats.detach())
-    learning_rate = job.schedule.at(job.state.step + 1, budget_used)
-    set_learning_rate(job.optimizer, learning_rate)
-    job.scaler.unscale_(job.optimizer)
-    for anchor in job.keeping.weight_anchors:
-        anchor.add_gradients()
-    grad_norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), job.training.max_grad_norm or math.inf)
-    result = StepResult(loss_sum, tokens, learning_rate, float(grad_norm), data_seconds)
-    if result.finite:
-        job.scaler.step(job.optimizer)
-    job.scaler.update()
-    job.optimizer.zero_grad(set_to_none=True)
-    return result
-
-
 def train(job: Job, display: Display) -> Outcome:
     """Run `job` until its steps, its patience, its hours or its user end it.
 
     Raises:
         DivergedError: too many updates in a row had non-finite gradients.
-        OutOfMemoryError: the device has no room for a micro-batch.
-        StorageError: a checkpoint could not be written.
+        OutOfMemoryError: the device has no room for a single row.
+        StorageError: the last checkpoint, or several one after the other, could not be written.
     """
     loop = Loop(job, display)
     try:
@@ -114,17 +68,18 @@ def train(job: Job, display: Display) -> Outcome:
         loop.summarize("failed")
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError(
-            f"{job.device}: out of memory with --batch_size {job.training.batch_size} and --max_seq_len "
-            f"{job.rows.max_seq_len}; halve --batch_size and double --grad_accumulation (the same update), "
-            "or add --gradient_checkpointing"
-        ) from error
+        raise OutOfMemoryError(nothing_fits(job)) from error
     exit_code = 0
     if status == "time_limit":
         exit_code = TIME_LIMIT_EXIT_CODE
     elif status == "interrupted":
         exit_code = request.exit_code
     summary = loop.summarize(status)
+    if refused := job.run.unwritten:
+        raise StorageError(
+            f"{job.run.path}: the run is over, but its last records cannot be written ({refused.strerror}); "
+            "free some space and run the same command again"
+        )
     display.closing(summary, job.run.path)
     return Outcome(job.run.path, exit_code, summary)
 
@@ -144,8 +99,10 @@ class Loop:
         self.sitting_tokens = 0
         self.save_seconds = 0.5 + 3 * trained_bytes(job) / 500e6  # until one was measured
         self.saved: tuple[int, Path] | None = None
+        self.failed_saves = 0  # one after the other
+        self.told_of_records = False
         self.reason = ""
-        self.losses = RecentLosses(read_series(job.run.path).get("train_loss", NOTHING).values[-WINDOW:].tolist())
+        self.look_at_records()
         self.of_others = {"judge": None, "notes": "", **others_entries(job.run.path)}
         self.live = LiveDiagnosis()
         self.count_epochs()
@@ -175,10 +132,19 @@ class Loop:
             if self.watch.seconds_left < self.step_seconds + 2 * self.save_seconds:
                 return self.stop_with("time_limit", "time-limit")
 
+            if state.step in state.set_aside:
+                self.pass_over()
+                continue
             began = self.watch.seconds
-            result = take_step(job, self.watch.share_used)
-            state.step += 1
-            self.record(result, self.watch.seconds - began)
+            if result := self.update():
+                state.step += 1
+                self.record(result, self.watch.seconds - began)
+
+    def look_at_records(self) -> None:
+        """What is usual, from the records of the steps before."""
+        series = read_series(self.job.run.path)
+        losses, norms = (series.get(name, NOTHING).values.tolist() for name in ("train_loss", "grad_norm"))
+        self.losses, self.job.guard = RecentLosses(losses[-WINDOW:]), Guard(losses, norms)
 
     def count_epochs(self) -> None:
         """A run that goes on from a checkpoint with other batches is elsewhere in its epochs."""
@@ -218,13 +184,71 @@ class Loop:
 
     # What happens then
 
+    def update(self) -> StepResult | None:
+        """A step, in smaller micro-batches where memory runs out; None when the run went back instead.
+
+        The next try is outside of the handler, which holds on to what the failed one had in memory.
+        """
+        while True:
+            torn = False
+            try:
+                return take_step(self.job, self.watch.share_used)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                torn = isinstance(error, TornUpdateError)
+            self.take_fewer_rows("training")
+            if torn:
+                self.go_back_after_torn_update()
+                return None
+
+    def take_fewer_rows(self, during: str) -> None:
+        """Halve the rows at once; the update, its rows and their order stay the same.
+
+        Raises:
+            OutOfMemoryError: it was one row already.
+        """
+        job, state = self.job, self.state
+        let_go(job)
+        if job.micro_batch_size == 1:
+            raise OutOfMemoryError(nothing_fits(job))
+        state.micro_batch_size = -(-job.micro_batch_size // 2)
+        job.run.event("out_of_memory", state.step + 1, during=during, micro_batch_size=state.micro_batch_size)
+        self.display.line(
+            f"Step {state.step + 1}: out of memory; going on with {state.micro_batch_size} rows at once, "
+            f"{job.rows_per_step} an update as before"
+        )
+
+    def go_back_after_torn_update(self) -> None:
+        """Back to the last checkpoint, since the weights are neither of one step nor of the next."""
+        torn_at = self.state.step
+        if self.go_back() is None:
+            raise OutOfMemoryError(f"{nothing_fits(self.job)} (in the middle of an update, with no checkpoint yet)")
+        self.job.run.event("roll_back", torn_at, to=self.state.step, reason="out of memory in the middle of an update")
+
+    def go_back(self) -> Path | None:
+        """To the newest intact checkpoint, if there is one."""
+        checkpoint = go_back(self.job)
+        if checkpoint is not None:
+            self.saved = (self.state.step, checkpoint)
+            self.first_step, self.first_second = self.state.step, self.watch.seconds
+            self.look_at_records()
+            self.count_epochs()
+        return checkpoint
+
+    def pass_over(self) -> None:
+        """Leave out the rows of a step that were set aside."""
+        first, end = self.job.rows_of(self.state.step)
+        self.state.step += 1
+        self.job.run.event("set_aside", self.state.step, rows=[first, end - 1])
+
     def record(self, result: StepResult, seconds: float) -> None:
         """Count a step, write its record, and give up when updates fail again and again."""
         state = self.state
         self.total_step_seconds += seconds
         self.step_seconds = max(seconds, 0.9 * self.step_seconds)
-        if not result.finite:
-            self.record_skip()
+        if result.objection:
+            self.record_skip(result.objection)
             return
         state.skipped_in_a_row = 0
         state.tokens += result.tokens
@@ -266,20 +290,48 @@ class Loop:
             f"rows {found['rows'][0]} to {found['rows'][1]} of the epoch, see events.jsonl"
         )
 
-    def record_skip(self) -> None:
+    def record_skip(self, reason: str) -> None:
         job, state = self.job, self.state
         state.skipped_in_a_row += 1
-        first = (state.step - 1) % job.steps_per_epoch * job.rows_per_step
-        last = min(first + job.rows_per_step, len(job.rows)) - 1
-        job.run.event("skipped_step", state.step, reason="non-finite loss or gradient", rows=[first, last])
-        self.display.line(f"Step {state.step}: the loss or its gradient is not finite; update skipped")
+        first, end = job.rows_of(state.step - 1)
+        job.run.event("skipped_step", state.step, reason=reason, rows=[first, end - 1])
+        self.display.line(f"Step {state.step}: {reason}; update skipped")
         # float16 finds its loss scale by overflowing: from 65,536 down takes some tries.
         limit = 2 * MAX_SKIPPED_IN_A_ROW if job.scaler.is_enabled() else MAX_SKIPPED_IN_A_ROW
         if state.skipped_in_a_row >= limit:
+            self.roll_back(reason, limit)
+
+    def roll_back(self, reason: str, refused: int) -> None:
+        """Go back, lower the rate, set the bad rows aside and go on.
+
+        Raises:
+            DivergedError: nothing was learnt yet, or going back did not help.
+        """
+        job, state = self.job, self.state
+        bad_at = state.step
+        if not state.tokens or state.rollbacks >= MOST_ROLLBACKS:
+            tried = f", also after going back {state.rollbacks} times with lower rates" if state.rollbacks else ""
             raise DivergedError(
-                f"step {state.step}: {limit} updates in a row had a non-finite loss or gradient; "
-                f"lower --learning_rate (now {job.training.learning_rate:g}) or lengthen --warmup_steps"
+                f"step {bad_at}: {refused} updates in a row were refused ({reason}){tried}; lower --learning_rate "
+                f"(now {job.training.learning_rate * state.learning_rate_factor:g}) or lengthen --warmup_steps"
             )
+        lower_and_set_aside(state)
+        checkpoint = self.go_back()
+        factor = state.learning_rate_factor
+        job.run.event(
+            "roll_back",
+            bad_at,
+            to=state.step,
+            reason=f"{refused} updates in a row were refused ({reason})",
+            checkpoint=None if checkpoint is None else checkpoint.name,
+            learning_rate_factor=factor,
+            set_aside=state.set_aside,
+        )
+        where = f"back to {checkpoint}" if checkpoint else "on from the weights at hand, which no bad update reached"
+        self.display.line(
+            f"Step {bad_at}: {refused} updates in a row were refused; {where}, with {factor:g} times the learning "
+            "rate and without their rows"
+        )
 
     def write(self, metrics: dict[str, float]) -> None:
         """One record of `metrics.jsonl` and, at their frequency, the points of TensorBoard."""
@@ -292,8 +344,19 @@ class Loop:
             **metrics,
         }
         self.job.run.append("metrics.jsonl", record)
+        self.tell_of_records()
         if "val_loss" in metrics or self.due(self.job.watching.log_every):
             self.job.board.add(state.step, metrics)
+
+    def tell_of_records(self) -> None:
+        """Say once that the disk refuses the run's records, which wait in memory."""
+        refused = self.job.run.unwritten
+        if refused and not self.told_of_records:
+            self.display.line(
+                f"Step {self.state.step}: the records cannot be written ({refused.strerror}); "
+                "they are kept and tried again at every step"
+            )
+        self.told_of_records = refused is not None
 
     def validate(self, request: StopRequest) -> bool:
         """Measure the whole held-out set, sample, let `best/` follow; False when a signal cut it short."""
@@ -318,8 +381,7 @@ class Loop:
         state.validated_step = state.step
         self.sample()
         if improved:
-            state.best_val_loss, state.best_step = state.val_loss, state.step
-            self.save("best")
+            self.save_best()
         self.summarize("running")
         self.live.look(job.run, self.display)
         return True
@@ -330,11 +392,21 @@ class Loop:
         held_out |= {f"val_loss/{known.domain}": known.validation for known in self.job.keeping.earlier}
         losses = {}
         for name, validation in held_out.items():
-            loss = held_out_loss(self.job, validation.rows, request, self.display)
+            loss = self.held_out_loss(validation.rows, request)
             if loss is None:
                 return None
             losses[name] = loss
         return losses
+
+    def held_out_loss(self, rows: Rows, request: StopRequest) -> float | None:
+        """As `measure.held_out_loss`, with fewer rows at once where memory runs out."""
+        while True:
+            try:
+                return held_out_loss(self.job, rows, request, self.display)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self.take_fewer_rows("validation")
 
     def watch_forgetting(self, metrics: Mapping[str, float]) -> bool:
         """Say how much worse everything earlier is; whether all of it is within the limit."""
@@ -353,8 +425,15 @@ class Loop:
     def sample(self) -> None:
         """Let the model continue the fixed prompt: one seed throughout, so that only the weights differ."""
         job, prompt = self.job, self.job.sample
-        with autocast(job.device, job.precision):
-            [completion] = generate(job.model, job.tokenizer, [prompt.given], SAMPLE)
+        try:
+            with autocast(job.device, job.precision):
+                [completion] = generate(job.model, job.tokenizer, [prompt.given], SAMPLE)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            job.run.event("out_of_memory", self.state.step, during="writing")
+            self.display.line(f"Step {self.state.step}: out of memory; no sample this time")
+            return
         job.run.append("samples.jsonl", {"step": self.state.step, "prompt": prompt.shown, "text": completion.text})
         answers = not isinstance(prompt.given, str)
         self.display.sample(self.state.step, completion.text if answers else prompt.shown + completion.text)
@@ -368,17 +447,51 @@ class Loop:
             state.epochs_without_improvement = 0 if improved else state.epochs_without_improvement + 1
         self.display.epoch(epoch, job.epochs, state)
         state.closed_epochs, state.epoch_loss_sum, state.epoch_tokens = epoch, 0.0, 0
-        folder = self.save_and_rotate("epoch", epoch)
-        self.display.line(f"  Checkpoint saved to {folder}")
+        if folder := self.save_and_rotate("epoch", epoch):
+            self.display.line(f"  Checkpoint saved to {folder}")
         self.display.line(f"  Elapsed: {self.watch.hours:.2f}h | Remaining: {self.remaining_hours():.2f}h")
 
-    def save_and_rotate(self, kind: str, number: int) -> Path:
+    def save_and_rotate(self, kind: str, number: int) -> Path | None:
         folder = self.save(f"{kind}-{number}")
-        rotate(self.job.run.checkpoints, kind, self.job.watching.keep_checkpoints)
+        if folder:
+            rotate(self.job.run.checkpoints, kind, self.job.watching.keep_checkpoints)
         return folder
 
-    def save(self, name: str) -> Path:
-        """Save under `name`; another name for the weights just saved costs next to nothing."""
+    def save_best(self) -> None:
+        """The weights as the best, which they are only once they are on disk."""
+        state = self.state
+        before = state.best_val_loss, state.best_step
+        state.best_val_loss, state.best_step = state.val_loss, state.step
+        if self.save("best") is None:
+            state.best_val_loss, state.best_step = before
+
+    def save(self, name: str, *, last: bool = False) -> Path | None:
+        """Save under `name`, with a few tries; None where the disk refuses and the run goes on without.
+
+        Raises:
+            StorageError: it refuses the last checkpoint of a run, or several one after the other.
+        """
+        for pause in SAVE_PAUSES:
+            time.sleep(pause)
+            try:
+                folder = self.write_checkpoint(name)
+            except (StorageError, OSError, MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                    raise
+                failure = error
+            else:
+                self.failed_saves = 0
+                return folder
+        self.failed_saves += 1
+        refused = failure if isinstance(failure, StorageError) else StorageError(f"{self.job.run.path}: {failure}")
+        if last or self.failed_saves >= MOST_FAILED_SAVES:
+            raise refused
+        self.job.run.event("save_failed", self.state.step, checkpoint=name, reason=str(refused))
+        self.display.line(f"Step {self.state.step}: {refused}. Going on; earlier checkpoints are whole")
+        return None
+
+    def write_checkpoint(self, name: str) -> Path:
+        """Another name for the weights just saved costs next to nothing."""
         job, state = self.job, self.state
         folder = job.run.checkpoints / name
         state.seconds = began = self.watch.seconds
@@ -395,7 +508,7 @@ class Loop:
 
     def stop_with(self, status: str, name: str) -> str:
         if self.state.step > 0:
-            self.save(name)
+            self.save(name, last=True)
         return status
 
     def stop_early(self) -> str:
@@ -410,8 +523,7 @@ class Loop:
         state = self.state
         self.reason = f"--max_forgetting {self.job.keeping.max_forgetting:g} was exceeded"
         if self.job.keeping.on_forgetting == "stop" and state.best_step < state.step:
-            state.best_val_loss, state.best_step = state.val_loss, state.step
-            self.save("best")
+            self.save_best()
         if (self.job.run.checkpoints / "best").exists():
             return self.stop_early()
         return "early_stopped"
@@ -464,24 +576,21 @@ def others_entries(run: Path) -> dict[str, Any]:
     return {name: value for name, value in read_summary(run).items() if name in ("judge", "notes")}
 
 
-def batch_objective(job: Job, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nats summed over the targets of one micro-batch, and what is minimised: they and the pull of the anchors."""
-    with autocast(job.device, job.precision):
-        hidden = job.model(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
-        nats = linear_cross_entropy(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
-        return nats, sum((anchor(hidden, batch) for anchor in job.keeping.prediction_anchors), nats)
-
-
-def dropout_seed(seed: int, step: int, micro_batch: int, rank: int = 0) -> int:
-    """Seed of the random numbers inside one micro-batch: a pure function, so there is no state to save."""
-    key = f"{seed}/{step}/{micro_batch}/{rank}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+def nothing_fits(job: Job) -> str:
+    """That not even one row fits, and what would take less."""
+    training, model = job.training, job.model
+    helps = {
+        "--gradient_checkpointing": not training.gradient_checkpointing,
+        f"--max_seq_len {job.rows.max_seq_len // 2}": job.rows.max_seq_len > 1,
+        "--optimizer adamw8bit": training.optimizer == "adamw",
+        "--lora": model.adapter is None and job.parent is not None,
+    }
+    listed = ", ".join(option for option, useful in helps.items() if useful)
+    return (
+        f"{job.device}: out of memory with one row of {job.rows.max_seq_len} tokens at a time; "
+        f"what takes less: {listed or 'a smaller model'}. `seedbed plan` says how much"
+    )
 
 
 def trained_bytes(job: Job) -> int:
     return sum(p.numel() * p.element_size() for p in job.model.parameters() if p.requires_grad)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has a type for it; the CPU's allocator raises a RuntimeError that says so."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -32,7 +32,7 @@ class Measured(Protocol):
     @property
     def precision(self) -> Precision: ...
     @property
-    def training(self) -> TrainingOptions: ...
+    def micro_batch_size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Meter:
     def precision(self) -> Precision:
         assert self.training.precision != "auto"
         return self.training.precision
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.training.batch_size
 
 
 def measure(
@@ -65,7 +69,7 @@ def measure(
 def held_out_loss(job: Measured, rows: Rows, request: StopRequest, display: Display) -> float | None:
     """Nats per target over all `rows`, without dropout; None when a signal came in between."""
     total = 0.0
-    batches = batches_of(rows, 0, 0, len(rows), job.training.batch_size)
+    batches = batches_of(rows, 0, 0, len(rows), job.micro_batch_size)
     with evaluation_mode(job.model):
         for batch in display.watch_validation(batches, len(rows)):
             if request.signal is not None:

@@ -32,12 +32,24 @@ class TrainingState:
     best_step: int = 0
     epochs_without_improvement: int = 0
     skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    """How often the run went back to an earlier checkpoint because its updates stayed bad."""
+    learning_rate_factor: float = 1.0
+    """Of the schedule's rate; each of them lowers it."""
+    set_aside: list[int] = field(default_factory=list)
+    """Steps, from 0, whose rows are passed over."""
+    micro_batch_size: int | None = None
+    """Rows at once, since more of them ran out of memory; None: as configured."""
     forgetting: dict[str, float] = field(default_factory=dict)
     """How much worse each earlier domain is than when the run began, as a share; negative is better."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """State of the float16 loss scaler."""
     records: dict[str, int] = field(default_factory=dict)
     """Length of the run's record files in bytes."""
+
+    def become(self, other: TrainingState) -> None:
+        """Take over all that `other` is, in place."""
+        vars(self).update(vars(other))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,0 +1,117 @@
+"""One update: the gradients of a step's micro-batches together, and the weights after them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from seedbed.data.batches import Batch
+from seedbed.device import autocast
+from seedbed.loss import linear_cross_entropy
+from seedbed.optim import set_learning_rate
+from seedbed.train.job import Job
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One update: nats summed over its target tokens, and the gradient's norm before clipping."""
+
+    loss_sum: float
+    tokens: int
+    learning_rate: float
+    grad_norm: float
+    data_seconds: float
+    """Spent on making the batches."""
+    objection: str
+    """Why the weights are as they were; empty where they followed."""
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.tokens
+
+
+class TornUpdateError(RuntimeError):
+    """Memory ran out when some weights had followed the gradient and others had not."""
+
+
+def take_step(job: Job, budget_used: float) -> StepResult:
+    """One update from all micro-batches of the step, which count together by their tokens.
+
+    Raises:
+        RuntimeError, MemoryError: `is_out_of_memory` knows those that mean it; the weights are as they were.
+        TornUpdateError: they are not.
+    """
+    began = time.perf_counter()
+    batches = job.micro_batches(job.state.step)
+    data_seconds = time.perf_counter() - began
+    tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
+    loss_sum = 0.0
+    for number, batch in enumerate(batches):
+        torch.manual_seed(dropout_seed(job.training.seed, job.state.step, number))
+        nats, objective = batch_objective(job, batch.to(job.device, non_blocking=True))
+        job.scaler.scale(objective / tokens).backward()  # type: ignore[no-untyped-call]
+        loss_sum += float(nats.detach())
+    learning_rate = job.schedule.at(job.state.step + 1, budget_used) * job.state.learning_rate_factor
+    set_learning_rate(job.optimizer, learning_rate)
+    job.scaler.unscale_(job.optimizer)
+    for anchor in job.keeping.weight_anchors:
+        anchor.add_gradients()
+    norm = nn.utils.clip_grad_norm_(job.model.parameters(), job.training.max_grad_norm or math.inf)
+    grad_norm = float(norm)
+    objection = job.guard.objection(loss_sum / tokens, grad_norm)
+    if not objection:
+        with whole_or_torn(job.model):
+            job.scaler.step(job.optimizer)
+        job.guard.taken(loss_sum / tokens, grad_norm)
+    job.scaler.update()
+    job.optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss_sum, tokens, learning_rate, grad_norm, data_seconds, objection)
+
+
+def batch_objective(job: Job, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats summed over the targets of one micro-batch, and what is minimised: they and the pull of the anchors."""
+    with autocast(job.device, job.precision):
+        hidden = job.model(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
+        nats = linear_cross_entropy(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
+        return nats, sum((anchor(hidden, batch) for anchor in job.keeping.prediction_anchors), nats)
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int, rank: int = 0) -> int:
+    """Seed of the random numbers inside one micro-batch: a pure function, so there is no state to save."""
+    key = f"{seed}/{step}/{micro_batch}/{rank}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
+@contextlib.contextmanager
+def whole_or_torn(model: nn.Module) -> Iterator[None]:
+    """Tells an update that ran out of memory before it began from one that did so half-way."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter._version for parameter in trained]
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error) and before != [parameter._version for parameter in trained]:
+            raise TornUpdateError("out of memory in the middle of an update") from error
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a type for it; the CPU's allocator raises a RuntimeError that says so."""
+    known = (torch.OutOfMemoryError, MemoryError, TornUpdateError)
+    return isinstance(error, known) or "can't allocate memory" in str(error)
+
+
+def let_go(job: Job) -> None:
+    """Give back what a step that failed left behind."""
+    job.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    if job.device.type == "cuda":
+        torch.cuda.empty_cache()
