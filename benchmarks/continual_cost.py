@@ -22,9 +22,9 @@ from commands import machine
 from seedbed.config import Layer, resolve
 from seedbed.train.build import build_job
 from seedbed.train.job import Job
-from seedbed.train.loop import take_step
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start, open_run
+from seedbed.train.step import take_step
 
 RESULTS = Path(__file__).parent / "results/continual_cost.json"
 

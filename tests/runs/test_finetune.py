@@ -24,7 +24,7 @@ from seedbed.lora import num_trainable
 from seedbed.model.decoder import Decoder
 from seedbed.model.weights import load_decoder
 from seedbed.text.template import find_template
-from seedbed.train import loop
+from seedbed.train import loop, step
 from seedbed.train.build import build_job
 from seedbed.train.job import Job
 from seedbed.train.progress import Display
@@ -122,7 +122,7 @@ def test_what_is_frozen_has_no_gradient(
 ) -> None:
     job = build(tmp_path / "run", questions("qa"), pretrained("llama"), **options)
     for batch in job.micro_batches(0):
-        loop.batch_objective(job, batch)[1].backward()  # type: ignore[no-untyped-call]
+        step.batch_objective(job, batch)[1].backward()  # type: ignore[no-untyped-call]
     trained = {id(parameter) for group in job.optimizer.param_groups for parameter in group["params"]}
     for name, parameter in job.model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad == (id(parameter) in trained), name

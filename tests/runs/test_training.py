@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from seedbed.config import FLAGS, Layer, resolve
 from seedbed.errors import ConfigError, DataError, DivergedError
 from seedbed.runs.folder import read_records
-from seedbed.train import loop
+from seedbed.train import loop, step
 from seedbed.train.build import build_job
 from seedbed.train.job import Job
 from seedbed.train.progress import Display
@@ -62,8 +62,8 @@ def test_update_is_torchs_adamw_on_the_mean_loss(small_text_file: Path, tmp_path
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95)
     )
-    for step in range(3):
-        batches = job.micro_batches(step)
+    for number in range(3):
+        batches = job.micro_batches(number)
         logits = [plain.logits(plain(b.input_ids, b.position_ids, b.segment_ids)).flatten(0, 1) for b in batches]
         labels = [b.labels.flatten() for b in batches]
         loss = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels))
@@ -71,7 +71,7 @@ def test_update_is_torchs_adamw_on_the_mean_loss(small_text_file: Path, tmp_path
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = job.schedule.at(step + 1)
+            group["lr"] = job.schedule.at(number + 1)
         optimizer.step()
         result = loop.take_step(job, 0.0)
         job.state.step += 1
@@ -187,14 +187,14 @@ def test_cosine_time_reaches_the_floor_when_the_hours_run_out(run_it: RunIt, tmp
 
 
 def test_bad_numbers_never_reach_the_weights(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop.batch_objective
+    real = step.batch_objective
 
     def poisoned(job: Job, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         factor = math.nan if job.state.step == 3 else 1.0
         nats, objective = real(job, batch)
         return nats * factor, objective * factor
 
-    monkeypatch.setattr(loop, "batch_objective", poisoned)
+    monkeypatch.setattr(step, "batch_objective", poisoned)
     outcome = run_it(tmp_path / "a", max_steps=6)
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "a").values())
     [event] = read_records(tmp_path / "a/events.jsonl")
@@ -203,13 +203,13 @@ def test_bad_numbers_never_reach_the_weights(run_it: RunIt, tmp_path: Path, monk
 
 
 def test_divergence_ends_the_run(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop.batch_objective
+    real = step.batch_objective
 
     def endless(job: Job, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         nats, objective = real(job, batch)
         return nats * math.inf, objective * math.inf
 
-    monkeypatch.setattr(loop, "batch_objective", endless)
+    monkeypatch.setattr(step, "batch_objective", endless)
     with pytest.raises(DivergedError, match="learning_rate"):
         run_it(tmp_path / "a", max_steps=60)
     assert json.loads((tmp_path / "a/metrics.json").read_text())["status"] == "diverged"

@@ -248,6 +248,8 @@ class Loop:
         self.total_step_seconds += seconds
         self.step_seconds = max(seconds, 0.9 * self.step_seconds)
         if result.objection:
+            if result.finite and (usual := self.losses.add(state.step, result.loss, taken=False)):
+                self.record_spike(result, usual)
             self.record_skip(result.objection)
             return
         state.skipped_in_a_row = 0

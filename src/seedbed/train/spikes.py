@@ -46,10 +46,11 @@ class RecentLosses:
     def mean(self) -> float | None:
         return sum(self._losses) / len(self._losses) if self._losses else None
 
-    def add(self, step: int, loss: float) -> Usual | None:
-        """Remember a step's loss; what was usual before it, when it stands far above that."""
+    def add(self, step: int, loss: float, *, taken: bool = True) -> Usual | None:
+        """Remember a step's loss if its update was taken; what was usual before it, when it stands far above that."""
         usual = self._usual()
-        self._losses.append(loss)
+        if taken:
+            self._losses.append(loss)
         if usual is None or step - self._last_spike < APART:
             return None
         if loss <= usual.loss + max(DEVIATIONS * usual.deviation, LEAST_RISE * usual.loss):

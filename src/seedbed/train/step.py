@@ -37,6 +37,10 @@ class StepResult:
     def loss(self) -> float:
         return self.loss_sum / self.tokens
 
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss_sum) and math.isfinite(self.grad_norm)
+
 
 class TornUpdateError(RuntimeError):
     """Memory ran out when some weights had followed the gradient and others had not."""

@@ -1,0 +1,180 @@
+"""Runs that are killed, signalled and started twice, as processes: what is left is the run that nobody touched."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from seedbed import checkpoint
+from seedbed.config import FLAGS, Layer, resolve
+from seedbed.errors import SeedbedError
+from seedbed.train.run import run_training
+from tests.faults.injection import forked, start
+from tests.runs.conftest import TINY, read_metrics, read_state, same_weights
+
+OPTIONS: dict[str, Any] = {
+    **TINY,
+    "max_steps": 60,
+    "epochs": 100,
+    "grad_accumulation": 2,
+    "dropout": 0.1,
+    "warmup_steps": 5,
+    "eval_every": 15,
+    "save_every": 5,
+    "learning_rate": 3e-3,
+}
+
+Sitting = Callable[..., int]
+
+
+@pytest.fixture
+def sitting(small_text_file: Path) -> Sitting:
+    """One sitting at a run, in this process; its exit code."""
+
+    def sit(output: Path, **more: Any) -> int:
+        values = {"data": str(small_text_file), "output": str(output), **OPTIONS, **more}
+        try:
+            return run_training(resolve("scratch", [Layer(FLAGS, values)]), Console(file=io.StringIO())).exit_code
+        except SeedbedError as error:
+            return error.exit_code
+
+    return sit
+
+
+@pytest.fixture
+def straight(sitting: Sitting, tmp_path: Path) -> tuple[Path, float]:
+    """The run that nobody touched, and how long it took."""
+    assert forked(partial(sitting, tmp_path / "first")) == 0  # fills the cache
+    began = time.monotonic()
+    assert forked(partial(sitting, tmp_path / "straight")) == 0
+    return tmp_path / "straight", time.monotonic() - began
+
+
+def require_same(run: Path, straight: Path) -> None:
+    assert same_weights(run / "checkpoints/final", straight / "checkpoints/final")
+    assert same_weights(run / "checkpoints/best", straight / "checkpoints/best")
+    assert read_state(run / "checkpoints/final") == read_state(straight / "checkpoints/final")
+    assert read_metrics(run) == read_metrics(straight)
+    assert (run / "samples.jsonl").read_bytes() == (straight / "samples.jsonl").read_bytes()
+
+
+def interrupt(sit: Callable[[], int], with_signal: signal.Signals, after: float) -> int:
+    """Exit code of a sitting that gets a signal after so many seconds, if it is still there."""
+    pid = start(sit)
+    deadline = time.monotonic() + after
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, with_signal)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def kill_until_done(run: Path, sitting: Sitting, seconds: float, choose: random.Random) -> int:
+    """Kill a run up to six times, each time somewhere else, then let it end; how many kills struck."""
+    kills = 0
+    for _ in range(6):
+        code = interrupt(partial(sitting, run), signal.SIGKILL, choose.uniform(0, seconds))
+        if code == 0:
+            return kills
+        assert code == -signal.SIGKILL
+        kills += 1
+    assert forked(partial(sitting, run)) == 0
+    return kills
+
+
+def test_killed_sixty_times(sitting: Sitting, straight: tuple[Path, float], tmp_path: Path) -> None:
+    untouched, seconds = straight
+    choose, kills, number = random.Random(0), 0, 0
+    while kills < 60:
+        run = tmp_path / f"killed-{number}"
+        kills += kill_until_done(run, sitting, seconds, choose)
+        require_same(run, untouched)
+        number += 1
+
+
+def test_killed_forty_times_in_slow_saves(
+    sitting: Sitting, straight: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untouched, seconds = straight
+    flush = checkpoint._fsync
+
+    def slowly(path: Path) -> None:
+        time.sleep(0.01)
+        flush(path)
+
+    monkeypatch.setattr(checkpoint, "_fsync", slowly)
+    choose, kills, number = random.Random(1), 0, 0
+    while kills < 40:
+        run = tmp_path / f"killed-{number}"
+        kills += kill_until_done(run, sitting, 2 * seconds, choose)
+        require_same(run, untouched)
+        number += 1
+
+
+def test_killed_while_it_starts_and_reads_its_text(
+    sitting: Sitting, straight: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirty kills in the first moments, the text not yet tokenized; the cache is whole or not there."""
+    untouched, seconds = straight
+    monkeypatch.setenv("SEEDBED_CACHE", str(tmp_path / "cache"))
+    choose, run = random.Random(2), tmp_path / "killed"
+    kills = sum(
+        interrupt(partial(sitting, run), signal.SIGKILL, choose.uniform(0, 0.3 * seconds)) == -signal.SIGKILL
+        for _ in range(30)
+    )
+    assert kills == 30
+    assert forked(partial(sitting, run)) == 0
+    require_same(run, untouched)
+
+
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
+
+
+def test_signals_at_any_moment_are_saved_and_go_on(
+    sitting: Sitting, straight: tuple[Path, float], tmp_path: Path
+) -> None:
+    untouched, seconds = straight
+    choose, met = random.Random(3), set()
+    for number in range(10):
+        run, code = tmp_path / f"signalled-{number}", -1
+        for _ in range(8):
+            chosen = choose.choice(list(CODES))
+            # A signal before training listens ends the process as Python does.
+            code = interrupt(partial(sitting, run), chosen, choose.uniform(0.3, 1.0) * seconds)
+            assert code in (0, CODES[chosen], -chosen), code
+            met.add(code)
+            if code == 0:
+                break
+        if code != 0:
+            assert forked(partial(sitting, run)) == 0
+        require_same(run, untouched)
+    assert met >= {143, 130, 129}
+
+
+@pytest.mark.parametrize("starts", [2, 8])
+def test_one_of_several_starts_wins(sitting: Sitting, tmp_path: Path, starts: int) -> None:
+    """Fifty races; a process that comes when the winner is done finds a finished run."""
+    short = partial(sitting, max_steps=4, save_every=2, eval_every=4)
+    assert forked(partial(short, tmp_path / "straight")) == 0
+    lost = 0
+    for race in range(50):
+        run = tmp_path / f"race-{race}"
+        children = [start(partial(short, run)) for _ in range(starts)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert codes.count(0) >= 1 and set(codes) <= {0, 5}
+        lost += codes.count(5)
+        require_same(run, tmp_path / "straight")
+    assert lost >= 25 * (starts - 1)
