@@ -37,6 +37,7 @@ from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Base as Base
 from seedbed.model.decoder import Decoder
 from seedbed.model.families import Name, canonical_name, weight_names
+from seedbed.parsing import parse_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -451,7 +452,7 @@ def _no_weights(folder: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: no {path.name}; expected an adapter folder of PEFT") from None
     except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -33,6 +33,7 @@ from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Base, Decoder
 from seedbed.model.hub import find_pretrained
 from seedbed.model.weights import load_decoder, save_decoder, weights_fingerprint
+from seedbed.parsing import parse_json
 from seedbed.text.tokenizer import Tokenizer
 
 STATE = "seedbed/state.json"
@@ -93,8 +94,8 @@ def damage(folder: Path) -> list[str]:
         CheckpointError: it has no readable manifest to check against.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
+        files = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = [(_inside(name), int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: no {MANIFEST}; a checkpoint of ours has one, a foreign folder cannot be verified"
@@ -111,6 +112,13 @@ def damage(folder: Path) -> list[str]:
         elif _sha256(path) != digest:
             problems.append(f"{name}: its bytes have changed since it was written")
     return problems
+
+
+def _inside(name: str) -> str:
+    """A file's name in a manifest, which never leads out of the folder."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{name} leads out of the folder")
+    return name
 
 
 def newest_intact(checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -235,10 +243,11 @@ def read_state(folder: Path) -> dict[str, Any]:
         CheckpointError: missing or unreadable.
     """
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = parse_json((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: no readable {STATE}: training cannot go on from it ({error})") from None
-    assert isinstance(state, dict)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{folder}: {STATE} is not an object: training cannot go on from it")
     return state
 
 

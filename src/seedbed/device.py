@@ -69,6 +69,21 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     return torch.autocast(device.type, dtype=_DTYPES[precision])
 
 
+def envelope(device: torch.device) -> dict[str, str | int]:
+    """What the last bits of a step depend on beside weights, text and options."""
+    if device.type != "cpu":
+        return {"torch": torch.__version__, "device": describe(device)}
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").lower()
+    instructions = torch.backends.cpu.get_cpu_capability()
+    amx = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
+    return {
+        "torch": torch.__version__,
+        "device": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "instructions": f"{instructions}{amx}{f' limited to {limit}' if limit else ''}",
+    }
+
+
 def keep_memory() -> None:
     """Have the C library keep what this process frees for the next step, which asks for the same again (glibc's only).
 

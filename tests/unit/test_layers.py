@@ -17,7 +17,7 @@ import seedbed
 ROOT = Path(seedbed.__file__).parent
 
 LAYERS = [
-    {"errors", "findings"},
+    {"errors", "findings", "parsing"},
     {"config"},
     {"runs", "text", "schedule"},
     {"sampling", "loss", "optim", "device", "data", "model", "lora", "lowbit", "freeze"},
@@ -31,7 +31,7 @@ LAYERS = [
 
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
-WITHOUT_TORCH = ("config", "findings", "runs", "text", "errors", "schedule", "sweep")
+WITHOUT_TORCH = ("config", "findings", "parsing", "runs", "text", "errors", "schedule", "sweep")
 
 
 def modules() -> dict[str, Path]:

@@ -28,6 +28,7 @@ from seedbed.config.options import (
     option_names,
 )
 from seedbed.errors import ConfigError, did_you_mean
+from seedbed.parsing import parse_yaml
 
 FLAGS = "the command line"
 S = TypeVar("S", bound=Section)
@@ -147,9 +148,8 @@ def read_config_file(name: str) -> Layer:
         known = ", ".join(preset_names())
         raise ConfigError(f"--config {name}: no such file, and no preset of that name. Presets: {known}.")
     values = read_yaml(path, f"--config {name}")
-    sources = values.pop("sources", {})
+    origins = {key: place for key, place in _pop_sources(values).items() if place.startswith(NOT_CHOSEN)}
     values.pop("regime", None)
-    origins = {key: place for key, place in sources.items() if place.startswith(NOT_CHOSEN)}
     return Layer(name, {key.replace("-", "_"): value for key, value in values.items()}, origins)
 
 
@@ -163,7 +163,7 @@ def read_run_options(regime: str, run: str) -> Layer:
     if not path.is_file():
         raise ConfigError(f"--from {run}: holds no run (there is no config.yaml); expected a folder such as runs/NAME")
     saved = read_yaml(path, f"--from {run}")
-    kind, sources = str(saved.pop("regime", regime)), saved.pop("sources", {})
+    kind, sources = str(saved.pop("regime", regime)), _pop_sources(saved)
     if kind not in (regime, WITH_LORA.get(regime)):
         raise ConfigError(
             f"--from {run} is a run of {DOING.get(kind, kind)} and this command means {DOING[regime]}; "
@@ -172,7 +172,7 @@ def read_run_options(regime: str, run: str) -> Layer:
     chosen = {
         name: value
         for name, value in saved.items()
-        if name not in OF_ONE_RUN and not str(sources.get(name, "default")).startswith((*NOT_CHOSEN, *FOUND_OUT))
+        if name not in OF_ONE_RUN and not sources.get(name, "default").startswith((*NOT_CHOSEN, *FOUND_OUT))
     }
     return Layer(str(path), chosen, run=str(Path(run)))
 
@@ -184,12 +184,18 @@ def read_yaml(path: Path, name: str) -> dict[str, Any]:
         ConfigError: it is something else.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{name}: not readable as YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{name}: expected lines such as `learning_rate: 0.0003`.")
     return values
+
+
+def _pop_sources(values: dict[str, Any]) -> dict[str, str]:
+    """Where the values of a run's config came from, as it says itself; nothing in files that people write."""
+    sources = values.pop("sources", {})
+    return {str(name): str(source) for name, source in sources.items()} if isinstance(sources, dict) else {}
 
 
 def read_section(section: type[S], values: Mapping[str, Any], source: str) -> S:

@@ -11,6 +11,7 @@ from typing import Any
 
 from seedbed.data.documents import split_documents, split_lines
 from seedbed.errors import DataError, MissingExtra
+from seedbed.parsing import parse_json
 
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".rst")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -120,7 +121,7 @@ def read_json_rows(path: Path) -> Iterator[tuple[str, Row]]:
             yield from _read_json_array(path, line + "".join(lines))
             return
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise DataError(
                 f"{path}, line {number} is not a JSON object: {_json_reason(error)}. "
@@ -131,7 +132,7 @@ def read_json_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _read_json_array(path: Path, content: str) -> Iterator[tuple[str, Row]]:
     try:
-        rows = json.loads(content)
+        rows = parse_json(content)
     except ValueError as error:
         raise DataError(f"{path} is not a JSON array: {_json_reason(error)}; correct it there") from None
     for number, row in enumerate(rows, start=1):

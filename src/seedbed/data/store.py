@@ -34,6 +34,7 @@ from numpy.typing import DTypeLike, NDArray
 from seedbed.data.conversations import from_document, split_key
 from seedbed.data.sources import Source
 from seedbed.errors import StorageError
+from seedbed.parsing import parse_json
 from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer, batches_of_text
 
@@ -143,7 +144,7 @@ def _key(source: Source, reading: Reading) -> str:
 def _open(folder: Path) -> Store | None:
     """The store in a folder, or None if any file is not what store.json says."""
     try:
-        facts = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+        facts = parse_json((folder / "store.json").read_text(encoding="utf-8"))
         if any((folder / name).stat().st_size != size for name, size in facts["sizes"].items()):
             return None
         stream = _map(folder / "tokens.bin", facts["dtype"])

@@ -11,6 +11,9 @@ Norm = Literal["layernorm", "rmsnorm"]
 Position = Literal["learned", "rope"]
 MLP = Literal["gelu", "swiglu"]
 
+MOST_LAYERS: Final = 1000
+LARGEST_SIZE: Final = 2**31
+
 FAMILIES: Final = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 SCRATCH_FAMILIES: Final = ("gpt2", "llama", "qwen2", "qwen3")
 
@@ -108,6 +111,11 @@ def from_scratch(
 def _size_problems(c: DecoderConfig) -> list[str]:
     names = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "max_seq_len")
     problems = [f"{n} {getattr(c, n)}: expected at least 1" for n in names if getattr(c, n) < 1]
+    # A damaged file may ask for billions, and to find out that its weights are others would take for ever.
+    limits = {name: MOST_LAYERS if name == "num_layers" else LARGEST_SIZE for name in names}
+    problems += [
+        f"{n} {getattr(c, n)}: expected at most {limit}" for n, limit in limits.items() if getattr(c, n) > limit
+    ]
     # What follows from another size (key-value heads from heads, head_dim from both) is not a second mistake.
     if c.num_kv_heads == c.num_heads < 1:
         problems = [p for p in problems if not p.startswith("num_kv_heads")]

@@ -6,7 +6,6 @@ rules in `seedbed.model.config`, and a parity test.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, Final
 
 from seedbed.errors import CheckpointError, ConfigError
 from seedbed.model.config import FAMILIES, DecoderConfig
+from seedbed.parsing import parse_json
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def read_config(folder: Path) -> DecoderConfig:
     """
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no config.json; expected a Hugging Face model folder") from None
     except (OSError, ValueError) as error:

@@ -5,7 +5,6 @@ Only configs, safetensors, tokenizers and chat templates are fetched; nothing th
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from seedbed.errors import CheckpointError, ConfigError, StorageError
 from seedbed.model.families import read_config
+from seedbed.parsing import parse_json
 from seedbed.text.hub import HUB_ID, download
 from seedbed.text.tokenizer import TOKENIZER_FILES
 
@@ -97,7 +97,7 @@ def copy_pretrained(
         if dtype is not None:
             generation = folder / "generation_config.json"
             kept = generation.read_bytes() if generation.is_file() else None
-            raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            raw = parse_json((source / "config.json").read_text(encoding="utf-8"))
             ids = {name: raw.get(name) for name in ("bos_token_id", "eos_token_id")}
             save_decoder(load_decoder(source, dtype), folder, **ids)
             if kept is not None:

@@ -21,6 +21,7 @@ from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder
 from seedbed.model.families import Name, canonical_name, config_to_hf, weight_names
 from seedbed.model.families import read_config as read_config
+from seedbed.parsing import parse_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -174,7 +175,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX_FILE
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: damaged ({error!r}); copy the file again") from error
         if any(not isinstance(name, str) or Path(name).name != name for name in names):

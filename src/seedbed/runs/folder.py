@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from seedbed.errors import RunInUseError, StorageError
+from seedbed.parsing import parse_json
 
 try:
     import fcntl
@@ -200,7 +201,7 @@ def _cut_half_line(path: Path) -> None:
 def read_summary(path: Path) -> dict[str, Any]:
     """The summary of the run at `path`, empty when it has none."""
     with contextlib.suppress(OSError, ValueError):
-        summary = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+        summary = parse_json((path / "metrics.json").read_text(encoding="utf-8"))
         if isinstance(summary, dict):
             return summary
     return {}
@@ -231,6 +232,6 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             with contextlib.suppress(ValueError):
-                record = json.loads(line) if line.endswith("\n") else None
+                record = parse_json(line) if line.endswith("\n") else None
                 if isinstance(record, dict):
                     yield record

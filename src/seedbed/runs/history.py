@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from seedbed.config.resolve import DOMAIN_NAME
 from seedbed.errors import CheckpointError
+from seedbed.parsing import parse_json
 from seedbed.runs.folder import write_atomically
 
 BASE = "base"
@@ -165,10 +166,10 @@ def read_history_file(path: Path) -> History | None:
         CheckpointError: it is damaged, or a newer seedbed wrote it.
     """
     try:
-        return History.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return History.from_json(parse_json(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (CheckpointError, OSError, ValueError, RecursionError) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: not a readable history ({error}); copy the folder again, or use another checkpoint"
         ) from None
@@ -212,11 +213,11 @@ def write_documents(path: Path, documents: Iterable[str]) -> int:
 
 def _document(line: str, where: str) -> str:
     try:
-        document = json.loads(line)
+        document = parse_json(line)
         if isinstance(document, str):
             document.encode()  # fails on half a surrogate pair
             return document
-    except (ValueError, RecursionError):
+    except ValueError:
         pass
     raise CheckpointError(f"{where}: expected a document as a JSON string; the file is damaged, copy the folder again")
 

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from seedbed.config import Section
 from seedbed.errors import ConfigError, did_you_mean
+from seedbed.parsing import PlainLoader
 
 Some = Field(min_length=1)
 
@@ -78,7 +79,7 @@ def read_sweep_file(path: Path) -> SweepFile:
         content = loader.get_single_data()
     except OSError as error:
         raise ConfigError(f"{path}: the sweep's file cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys such as `verb: finetune` and `grid:`; see docs/sweep.md")
@@ -93,7 +94,7 @@ def read_sweep_file(path: Path) -> SweepFile:
     return file
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(PlainLoader):
     """YAML in which 5e-5 is a number and a key that stands twice is remembered as a mistake."""
 
     def __init__(self, text: str) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from seedbed.parsing import parse_json
 from seedbed.runs.folder import FINISHED, read_records, read_summary
 from seedbed.runs.info import is_run, read_run
 from seedbed.sweep.plan import PlannedRun
@@ -33,7 +33,7 @@ def read_progress(run: Path) -> Progress | None:
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL))
         for line in reversed(stream.read().splitlines()):
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
+                record = parse_json(line)
                 figures = (record["train_loss"], record["elapsed_hours"], record["remaining_hours"])
                 return Progress(record["step"], read_summary(run).get("total_steps"), *figures)
     return None

@@ -27,9 +27,9 @@ import jinja2.nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from seedbed.errors import ConfigError, DataError, did_you_mean
+from seedbed.text.sandbox import Sandbox
 from seedbed.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -47,6 +47,8 @@ CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 BESIDE_CONTENT = ("tool_calls", "reasoning_content")
 
 PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
+
+LONGEST_SOURCE = 2**20  # characters; the longest that models come with have some 20,000
 
 # The variable by which a render asks for marks around `{% generation %}` blocks.
 GENERATION_MARKS = "_generation_marks"
@@ -100,7 +102,8 @@ class Template:
         self.name = name
         self.source = source
         self._tokenizer = tokenizer
-        self._jinja = _compiled(name, source)
+        self._sandbox = _sandbox()
+        self._jinja = _compiled(self._sandbox, name, source)
         self._has_generation = re.search(r"{%[-+]?\s*generation\b", source) is not None
 
     @cached_property
@@ -164,7 +167,7 @@ class Template:
             GENERATION_MARKS: generation,
         }
         try:
-            return self._jinja.render(variables | self._tokenizer.special_tokens_map)
+            return self._sandbox.write(self._jinja, variables | self._tokenizer.special_tokens_map)
         except jinja2.exceptions.SecurityError as error:
             raise ConfigError(
                 f"chat template {self.name} does what a template may not: {error}. Do not trust it; choose another "
@@ -365,18 +368,26 @@ def _describe(messages: Sequence[Message]) -> str:
     return f"the conversation of {len(messages)} messages that begins {beginning!r}"
 
 
-def _compiled(name: str, source: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+def _sandbox() -> Sandbox:
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    sandbox.filters["tojson"] = _to_json
+    sandbox.globals["raise_exception"] = _raise_exception
+    sandbox.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return sandbox
+
+
+def _compiled(sandbox: Sandbox, name: str, source: str) -> jinja2.Template:
     try:
-        return environment.from_string(source)
+        if len(source) > LONGEST_SOURCE:
+            raise ValueError(f"it has {len(source):,} characters, expected at most {LONGEST_SOURCE:,}")
+        return sandbox.compiled(source)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
             f"chat template {name}, line {error.lineno} is not Jinja: {error.message}; correct it there"
+        ) from None
+    except Exception as error:  # noqa: BLE001  Python's own compiler refuses what nests too deep, in several ways
+        raise ConfigError(
+            f"chat template {name} cannot be compiled: {error or type(error).__name__}; choose another"
         ) from None
 
 

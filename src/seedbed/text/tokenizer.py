@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from seedbed.errors import CheckpointError, ConfigError, DataError
+from seedbed.parsing import parse_json
 from seedbed.text.hub import HUB_ID, download
 
 END_OF_TEXT = "<|endoftext|>"
@@ -334,7 +335,7 @@ class Tokenizer:
 
     def _saved(self, name: str) -> dict[str, Any]:
         """One of the settings files that the tokenizer was loaded with; empty when there was none."""
-        content: dict[str, Any] = json.loads(self._files.get(name, "{}"))
+        content: dict[str, Any] = parse_json(self._files.get(name, "{}"))
         return content
 
     def _settings(self) -> str:
@@ -426,7 +427,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy it again from its origin") from None
     if not isinstance(content, dict):

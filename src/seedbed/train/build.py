@@ -14,7 +14,7 @@ from seedbed.checkpoint import read_optimizer, read_state
 from seedbed.config import Config
 from seedbed.data import WholeRows
 from seedbed.data.conversations import from_document
-from seedbed.device import pick_device, pick_precision
+from seedbed.device import envelope, pick_device, pick_precision
 from seedbed.errors import ConfigError
 from seedbed.findings import Finding, sift
 from seedbed.model.config import DecoderConfig
@@ -68,6 +68,7 @@ def build_job(start: Start, display: Display) -> Job:
     optimizer = build_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     state = restore(checkpoint, model, optimizer, scaler)
+    tell_of_other_bits(display, state, envelope(device))
     epochs, total_steps = length(config, made.rows)
     schedule = make_schedule(training, total_steps)
     expected = forecast_run(made, optimizer, state, total_steps)
@@ -107,6 +108,16 @@ def build_job(start: Start, display: Display) -> Job:
             "forecast": expected.to_summary(),
         },
     )
+
+
+def tell_of_other_bits(display: Display, state: TrainingState, now: dict[str, Any]) -> None:
+    """Say what makes a run that goes on end with other last bits than one that was never stopped."""
+    changed = [
+        f"{name} {now.get(name)}, was {before}" for name, before in state.envelope.items() if now.get(name) != before
+    ]
+    if changed:
+        display.line(f"Not bit-exact: {'; '.join(changed)}. The run goes on, with other rounding than without the stop")
+    state.envelope = now
 
 
 def say_what_comes(display: Display, made: Ingredients, schedule: Schedule, expected: Forecast) -> list[Finding]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from seedbed.adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from seedbed.checkpoint import MANIFEST
@@ -31,6 +30,7 @@ from seedbed.data.store import digest
 from seedbed.errors import CheckpointError, ConfigError, DataError, SeedbedError
 from seedbed.model.hub import copy_pretrained, new_folder
 from seedbed.model.weights import weights_fingerprint
+from seedbed.parsing import parse_yaml
 from seedbed.runs import info
 from seedbed.runs.history import (
     BASE,
@@ -264,8 +264,8 @@ def trained_with(folder: Path) -> dict[str, Any]:
     if run is None:
         return {}
     try:
-        values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        values = parse_yaml((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -9,11 +9,10 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from seedbed.checkpoint import damage, is_model_folder, newest_intact, read_state, remove_leftovers
 from seedbed.config import FREE_TO_CHANGE, WITH_LORA, Config
 from seedbed.errors import CheckpointError, ConfigError
+from seedbed.parsing import parse_yaml
 from seedbed.runs.folder import FINISHED, RunFolder, read_summary
 
 SHAPE = frozenset(
@@ -120,9 +119,10 @@ def _branch(config: Config, checkpoint: Path) -> Start:
 def _adopt(config: Config, path: Path, free: frozenset[str]) -> Config:
     """The saved options of the run at `path`, with the explicitly given ones that are `free` to differ."""
     try:
-        saved = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        sources, regime = saved.pop("sources"), saved.pop("regime", "scratch")
-    except (OSError, yaml.YAMLError, KeyError, AttributeError) as error:
+        saved = parse_yaml((path / "config.yaml").read_text(encoding="utf-8"))
+        sources = {str(name): str(source) for name, source in saved.pop("sources").items()}
+        regime = saved.pop("regime", "scratch")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}/config.yaml is not readable: {error}") from None
     if regime == WITH_LORA.get(config.regime) and config.watching.resume_from:
         config = replace(config, regime=regime)  # the checkpoint knows what it is

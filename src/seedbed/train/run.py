@@ -10,6 +10,7 @@ from seedbed.train.build import build_job
 from seedbed.train.loop import Outcome, train
 from seedbed.train.progress import Display
 from seedbed.train.resume import AlreadyFinished, open_run
+from seedbed.train.stopping import leave_on_signals
 from seedbed.train.verdict import look_back
 
 
@@ -20,7 +21,11 @@ def run_training(config: Config, console: Console) -> Outcome:
         SeedbedError: see `seedbed.errors`; before training begins nothing is left behind.
     """
     keep_memory()
-    display = Display(console, config.watching.log_every)
+    with leave_on_signals():
+        return _run(config, Display(console, config.watching.log_every))
+
+
+def _run(config: Config, display: Display) -> Outcome:
     start = open_run(config)
     if isinstance(start, AlreadyFinished):
         display.line(f"{start.path} is finished; choose another --output for a new run")

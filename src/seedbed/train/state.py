@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from seedbed.errors import CheckpointError
 
 
 @dataclass
@@ -44,6 +48,8 @@ class TrainingState:
     """How much worse each earlier domain is than when the run began, as a share; negative is better."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """State of the float16 loss scaler."""
+    envelope: dict[str, Any] = field(default_factory=dict)
+    """What the last bits depend on: versions, threads, instructions."""
     records: dict[str, int] = field(default_factory=dict)
     """Length of the run's record files in bytes."""
 
@@ -56,5 +62,15 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainingState:
-        known = {item.name for item in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        """What `to_json` gave; names that this version does not know are left out.
+
+        Raises:
+            CheckpointError: it is something else.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())
+            raise CheckpointError(
+                f"the state of training is damaged ({wrong}); go on from another checkpoint"
+            ) from None

@@ -50,6 +50,29 @@ def listen_for_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def leave_on_signals() -> Iterator[None]:
+    """Before there is anything to save, SIGTERM and SIGHUP end the program as Ctrl-C does, by an exception.
+
+    Raises:
+        SystemExit: with 128 and the number of the signal.
+    """
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        with contextlib.suppress(ValueError, AttributeError):
+            number = getattr(signal, name)
+            previous[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class Stopwatch:
     """Seconds of training, counting earlier sittings, against a budget in hours."""
 
