@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := src tests benchmarks
 
-.PHONY: demo test check fix starter instruction-table continual-table continual-cost diagnosis-table forecast-table waiting bench \
+.PHONY: demo test check fix starter instruction-table continual-table continual-cost diagnosis-table forecast-table faults waiting bench \
 	wheel docs clean
 
 demo: $(VENV)/installed  ## train, evaluate and generate on text inside your own Python: about two minutes
@@ -50,6 +50,9 @@ forecast-table: $(VENV)/installed-dev  ## docs/forecast-results.md, measured ane
 	$(PIP) gguf accelerate
 	$(BIN)/python tests/starter.py .starter
 	$(BIN)/python benchmarks/forecast.py --starter .starter
+
+faults: $(VENV)/installed-dev  ## ten times the suite's kills, crashes and damaged files: about an hour
+	SEEDBED_FAULTS=10 $(BIN)/python -m pytest -n 2 tests/faults tests/runs/test_recovery.py tests/runs/test_storage.py
 
 waiting: $(VENV)/installed-dev  ## how long one waits for what looks into run folders
 	$(BIN)/python benchmarks/waiting.py

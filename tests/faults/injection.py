@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+TIMES: Final = int(os.environ.get("SEEDBED_FAULTS", "1"))
+"""How many times as many faults as in the suite; `make faults` asks for more."""
 DIED: Final = 137
 FAILED: Final = 99
 CALLS: Final = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.copyfile")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import shutil
 import time
@@ -31,9 +30,10 @@ from seedbed.sweep.file import read_sweep_file
 from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.state import TrainingState
+from tests.faults.injection import TIMES
 from tests.faults.mutation import damaged, odd_json
 
-TRIES = int(os.environ.get("SEEDBED_FUZZ", "700"))  # for each kind of file
+TRIES = 700 * TIMES  # for each kind of file
 SLOWEST = 5.0  # seconds
 MOST_MEMORY = 300.0  # MB beyond what was there
 

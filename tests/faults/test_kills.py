@@ -19,7 +19,7 @@ from seedbed import checkpoint
 from seedbed.config import FLAGS, Layer, resolve
 from seedbed.errors import SeedbedError
 from seedbed.train.run import run_training
-from tests.faults.injection import forked, start
+from tests.faults.injection import TIMES, forked, start
 from tests.runs.conftest import TINY, read_metrics, read_state, same_weights
 
 OPTIONS: dict[str, Any] = {
@@ -102,7 +102,7 @@ def kill_until_done(run: Path, sitting: Sitting, seconds: float, choose: random.
 def test_killed_sixty_times(sitting: Sitting, straight: tuple[Path, float], tmp_path: Path) -> None:
     untouched, seconds = straight
     choose, kills, number = random.Random(0), 0, 0
-    while kills < 60:
+    while kills < 60 * TIMES:
         run = tmp_path / f"killed-{number}"
         kills += kill_until_done(run, sitting, seconds, choose)
         require_same(run, untouched)
@@ -121,7 +121,7 @@ def test_killed_forty_times_in_slow_saves(
 
     monkeypatch.setattr(checkpoint, "_fsync", slowly)
     choose, kills, number = random.Random(1), 0, 0
-    while kills < 40:
+    while kills < 40 * TIMES:
         run = tmp_path / f"killed-{number}"
         kills += kill_until_done(run, sitting, 2 * seconds, choose)
         require_same(run, untouched)
@@ -137,9 +137,9 @@ def test_killed_while_it_starts_and_reads_its_text(
     choose, run = random.Random(2), tmp_path / "killed"
     kills = sum(
         interrupt(partial(sitting, run), signal.SIGKILL, choose.uniform(0, 0.3 * seconds)) == -signal.SIGKILL
-        for _ in range(30)
+        for _ in range(30 * TIMES)
     )
-    assert kills == 30
+    assert kills == 30 * TIMES
     assert forked(partial(sitting, run)) == 0
     require_same(run, untouched)
 
@@ -152,7 +152,7 @@ def test_signals_at_any_moment_are_saved_and_go_on(
 ) -> None:
     untouched, seconds = straight
     choose, met = random.Random(3), set()
-    for number in range(10):
+    for number in range(10 * TIMES):
         run, code = tmp_path / f"signalled-{number}", -1
         for _ in range(8):
             chosen = choose.choice(list(CODES))
@@ -173,11 +173,11 @@ def test_one_of_several_starts_wins(sitting: Sitting, tmp_path: Path, starts: in
     short = partial(sitting, max_steps=4, save_every=2, eval_every=4)
     assert forked(partial(short, tmp_path / "straight")) == 0
     lost = 0
-    for race in range(50):
+    for race in range(50 * TIMES):
         run = tmp_path / f"race-{race}"
         children = [start(partial(short, run)) for _ in range(starts)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         assert codes.count(0) >= 1 and set(codes) <= {0, 5}
         lost += codes.count(5)
         require_same(run, tmp_path / "straight")
-    assert lost >= 25 * (starts - 1)
+    assert lost >= 25 * TIMES * (starts - 1)

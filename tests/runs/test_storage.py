@@ -16,7 +16,7 @@ from seedbed.checkpoint import damage
 from seedbed.errors import StorageError
 from seedbed.runs import folder as records
 from seedbed.runs.folder import RunFolder, read_records
-from seedbed.train import loop
+from seedbed.train import saving
 from tests.runs.conftest import RunIt, read_metrics, same_weights
 
 OPTIONS: dict[str, Any] = {"max_steps": 20, "eval_every": 10, "save_every": 2, "keep_checkpoints": 0}
@@ -25,7 +25,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "SAVE_PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(saving, "PAUSES", (0.0, 0.0, 0.0))
 
 
 class Refusing:
@@ -50,8 +50,8 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 def test_an_error_that_passes_is_not_noticed(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_it(tmp_path / "straight", **OPTIONS)
     stale = StorageError("it could not be written (Stale file handle)")
-    refusing = Refusing(loop.save_checkpoint, stale, range(3, 5))
-    monkeypatch.setattr(loop, "save_checkpoint", refusing)
+    refusing = Refusing(saving.save_checkpoint, stale, range(3, 5))
+    monkeypatch.setattr(saving, "save_checkpoint", refusing)
     assert run_it(tmp_path / "a", **OPTIONS).exit_code == 0
     assert refusing.refused == 2 and not events(tmp_path / "a", "save_failed")
     assert same_weights(tmp_path / "a/checkpoints/final", tmp_path / "straight/checkpoints/final")
@@ -60,8 +60,8 @@ def test_an_error_that_passes_is_not_noticed(run_it: RunIt, tmp_path: Path, monk
 def test_a_full_disk_does_not_end_the_run(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two saves fail for good; those before stay whole, those after are made, and the run is as if nothing was."""
     run_it(tmp_path / "straight", **OPTIONS)
-    refusing = Refusing(loop.save_checkpoint, FULL, range(2, 8))
-    monkeypatch.setattr(loop, "save_checkpoint", refusing)
+    refusing = Refusing(saving.save_checkpoint, FULL, range(2, 8))
+    monkeypatch.setattr(saving, "save_checkpoint", refusing)
     log = io.StringIO()
     assert run_it(tmp_path / "a", log=log, **OPTIONS).exit_code == 0
     assert refusing.refused == 6
@@ -77,24 +77,24 @@ def test_a_full_disk_does_not_end_the_run(run_it: RunIt, tmp_path: Path, monkeyp
 def test_a_disk_that_stays_full_ends_it_with_the_last_save_whole(
     run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.save_checkpoint
-    monkeypatch.setattr(loop, "save_checkpoint", Refusing(real, FULL, range(2, 10_000)))
+    real = saving.save_checkpoint
+    monkeypatch.setattr(saving, "save_checkpoint", Refusing(real, FULL, range(2, 10_000)))
     with pytest.raises(StorageError, match="No space left"):
         run_it(tmp_path / "a", **{**OPTIONS, "max_steps": 60})
-    assert len(events(tmp_path / "a", "save_failed")) == loop.MOST_FAILED_SAVES - 1
+    assert len(events(tmp_path / "a", "save_failed")) == saving.MOST_FAILURES - 1
     assert not damage(tmp_path / "a/checkpoints/step-4")
-    monkeypatch.setattr(loop, "save_checkpoint", real)
+    monkeypatch.setattr(saving, "save_checkpoint", real)
     assert run_it(tmp_path / "a", **{**OPTIONS, "max_steps": 60}).exit_code == 0
 
 
 def test_a_last_checkpoint_that_is_refused_is_no_success(
     run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.link_checkpoint
-    monkeypatch.setattr(loop, "link_checkpoint", Refusing(real, FULL, range(10_000)))
+    real = saving.link_checkpoint
+    monkeypatch.setattr(saving, "link_checkpoint", Refusing(real, FULL, range(10_000)))
     with pytest.raises(StorageError):
         run_it(tmp_path / "a", max_steps=6, eval_every=6)
-    monkeypatch.setattr(loop, "link_checkpoint", real)
+    monkeypatch.setattr(saving, "link_checkpoint", real)
     assert run_it(tmp_path / "a", max_steps=6, eval_every=6).exit_code == 0
 
 
@@ -102,7 +102,7 @@ def test_a_best_that_is_not_on_disk_is_not_the_best(
     run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"max_steps": 12, "eval_every": 4, "learning_rate": 1e-2}
-    monkeypatch.setattr(loop, "save_checkpoint", Refusing(loop.save_checkpoint, FULL, range(3)))
+    monkeypatch.setattr(saving, "save_checkpoint", Refusing(saving.save_checkpoint, FULL, range(3)))
     outcome = run_it(tmp_path / "a", **options)
     assert events(tmp_path / "a", "save_failed")[0]["checkpoint"] == "best"
     assert outcome.summary["best_step"] in (8, 12)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,29 +10,26 @@ from typing import Any
 
 import torch
 
-from seedbed.checkpoint import link_checkpoint, read_state, rotate, save_checkpoint
+from seedbed.checkpoint import link_checkpoint, read_state
 from seedbed.config import SamplingOptions
 from seedbed.data.rows import Rows
 from seedbed.device import autocast, describe, peak_memory_mb
 from seedbed.errors import DivergedError, OutOfMemoryError, SeedbedError, StorageError
 from seedbed.generate import generate
-from seedbed.optim import optimizer_tensors
 from seedbed.runs.folder import FINISHED, read_summary
 from seedbed.runs.series import NOTHING, read_series
 from seedbed.train.guard import Guard
 from seedbed.train.job import Job
 from seedbed.train.measure import held_out_loss
 from seedbed.train.progress import Display, perplexity
-from seedbed.train.recovery import MOST_ROLLBACKS, go_back, lower_and_set_aside
+from seedbed.train.recovery import Recovery, nothing_fits
+from seedbed.train.saving import Saver
 from seedbed.train.spikes import WINDOW, RecentLosses, Usual, look_at_spike
-from seedbed.train.step import StepResult, TornUpdateError, is_out_of_memory, let_go, take_step
+from seedbed.train.step import StepResult, TornUpdateError, is_out_of_memory, take_step
 from seedbed.train.stopping import StopRequest, Stopwatch, listen_for_signals
 from seedbed.train.verdict import LiveDiagnosis
 
 TIME_LIMIT_EXIT_CODE = 75
-MAX_SKIPPED_IN_A_ROW = 10
-SAVE_PAUSES = (0.0, 0.5, 2.0)  # seconds before each try
-MOST_FAILED_SAVES = 5  # one after the other
 MOST_FORGETTING = 1e6  # stands for a loss that is not finite, which JSON has no word for
 SAMPLE = SamplingOptions(max_new_tokens=60)
 
@@ -97,9 +93,8 @@ class Loop:
         self.step_seconds = 0.0  # of a slow recent step
         self.total_step_seconds = 0.0
         self.sitting_tokens = 0
-        self.save_seconds = 0.5 + 3 * trained_bytes(job) / 500e6  # until one was measured
-        self.saved: tuple[int, Path] | None = None
-        self.failed_saves = 0  # one after the other
+        self.saver = Saver(job, display, self.watch)
+        self.recovery = Recovery(job, display, self.went_back)
         self.told_of_records = False
         self.reason = ""
         self.look_at_records()
@@ -118,7 +113,7 @@ class Loop:
             if self.epoch_ended():
                 self.close_epoch()
             elif self.due(job.watching.save_every):
-                self.save_and_rotate("step", state.step)
+                self.saver.save_numbered("step", state.step)
             if self.forgot_too_much():
                 return self.stop_forgetting()
             if self.ended():
@@ -129,11 +124,11 @@ class Loop:
                 return self.stop_with("interrupted", f"step-{state.step}")
             if self.told_to_stop():
                 return self.stop_with("time_limit", "time-limit")
-            if self.watch.seconds_left < self.step_seconds + 2 * self.save_seconds:
+            if self.watch.seconds_left < self.step_seconds + 2 * self.saver.seconds:
                 return self.stop_with("time_limit", "time-limit")
 
             if state.step in state.set_aside:
-                self.pass_over()
+                self.recovery.pass_over()
                 continue
             began = self.watch.seconds
             if result := self.update():
@@ -197,50 +192,17 @@ class Loop:
                 if not is_out_of_memory(error):
                     raise
                 torn = isinstance(error, TornUpdateError)
-            self.take_fewer_rows("training")
+            self.recovery.take_fewer_rows("training")
             if torn:
-                self.go_back_after_torn_update()
+                self.recovery.undo_torn_update()
                 return None
 
-    def take_fewer_rows(self, during: str) -> None:
-        """Halve the rows at once; the update, its rows and their order stay the same.
-
-        Raises:
-            OutOfMemoryError: it was one row already.
-        """
-        job, state = self.job, self.state
-        let_go(job)
-        if job.micro_batch_size == 1:
-            raise OutOfMemoryError(nothing_fits(job))
-        state.micro_batch_size = -(-job.micro_batch_size // 2)
-        job.run.event("out_of_memory", state.step + 1, during=during, micro_batch_size=state.micro_batch_size)
-        self.display.line(
-            f"Step {state.step + 1}: out of memory; going on with {state.micro_batch_size} rows at once, "
-            f"{job.rows_per_step} an update as before"
-        )
-
-    def go_back_after_torn_update(self) -> None:
-        """Back to the last checkpoint, since the weights are neither of one step nor of the next."""
-        torn_at = self.state.step
-        if self.go_back() is None:
-            raise OutOfMemoryError(f"{nothing_fits(self.job)} (in the middle of an update, with no checkpoint yet)")
-        self.job.run.event("roll_back", torn_at, to=self.state.step, reason="out of memory in the middle of an update")
-
-    def go_back(self) -> Path | None:
-        """To the newest intact checkpoint, if there is one."""
-        checkpoint = go_back(self.job)
-        if checkpoint is not None:
-            self.saved = (self.state.step, checkpoint)
-            self.first_step, self.first_second = self.state.step, self.watch.seconds
-            self.look_at_records()
-            self.count_epochs()
-        return checkpoint
-
-    def pass_over(self) -> None:
-        """Leave out the rows of a step that were set aside."""
-        first, end = self.job.rows_of(self.state.step)
-        self.state.step += 1
-        self.job.run.event("set_aside", self.state.step, rows=[first, end - 1])
+    def went_back(self, checkpoint: Path) -> None:
+        """Everything this sitting remembers is of the steps before the checkpoint."""
+        self.saver.newest = (self.state.step, checkpoint)
+        self.first_step, self.first_second = self.state.step, self.watch.seconds
+        self.look_at_records()
+        self.count_epochs()
 
     def record(self, result: StepResult, seconds: float) -> None:
         """Count a step, write its record, and give up when updates fail again and again."""
@@ -250,7 +212,7 @@ class Loop:
         if result.objection:
             if result.finite and (usual := self.losses.add(state.step, result.loss, taken=False)):
                 self.record_spike(result, usual)
-            self.record_skip(result.objection)
+            self.recovery.skip(result.objection)
             return
         state.skipped_in_a_row = 0
         state.tokens += result.tokens
@@ -290,49 +252,6 @@ class Loop:
         self.display.line(
             f"Step {state.step}: the loss jumped to {result.loss:.3f} (usual: {usual.loss:.3f}); "
             f"rows {found['rows'][0]} to {found['rows'][1]} of the epoch, see events.jsonl"
-        )
-
-    def record_skip(self, reason: str) -> None:
-        job, state = self.job, self.state
-        state.skipped_in_a_row += 1
-        first, end = job.rows_of(state.step - 1)
-        job.run.event("skipped_step", state.step, reason=reason, rows=[first, end - 1])
-        self.display.line(f"Step {state.step}: {reason}; update skipped")
-        # float16 finds its loss scale by overflowing: from 65,536 down takes some tries.
-        limit = 2 * MAX_SKIPPED_IN_A_ROW if job.scaler.is_enabled() else MAX_SKIPPED_IN_A_ROW
-        if state.skipped_in_a_row >= limit:
-            self.roll_back(reason, limit)
-
-    def roll_back(self, reason: str, refused: int) -> None:
-        """Go back, lower the rate, set the bad rows aside and go on.
-
-        Raises:
-            DivergedError: nothing was learnt yet, or going back did not help.
-        """
-        job, state = self.job, self.state
-        bad_at = state.step
-        if not state.tokens or state.rollbacks >= MOST_ROLLBACKS:
-            tried = f", also after going back {state.rollbacks} times with lower rates" if state.rollbacks else ""
-            raise DivergedError(
-                f"step {bad_at}: {refused} updates in a row were refused ({reason}){tried}; lower --learning_rate "
-                f"(now {job.training.learning_rate * state.learning_rate_factor:g}) or lengthen --warmup_steps"
-            )
-        lower_and_set_aside(state)
-        checkpoint = self.go_back()
-        factor = state.learning_rate_factor
-        job.run.event(
-            "roll_back",
-            bad_at,
-            to=state.step,
-            reason=f"{refused} updates in a row were refused ({reason})",
-            checkpoint=None if checkpoint is None else checkpoint.name,
-            learning_rate_factor=factor,
-            set_aside=state.set_aside,
-        )
-        where = f"back to {checkpoint}" if checkpoint else "on from the weights at hand, which no bad update reached"
-        self.display.line(
-            f"Step {bad_at}: {refused} updates in a row were refused; {where}, with {factor:g} times the learning "
-            "rate and without their rows"
         )
 
     def write(self, metrics: dict[str, float]) -> None:
@@ -383,7 +302,7 @@ class Loop:
         state.validated_step = state.step
         self.sample()
         if improved:
-            self.save_best()
+            self.saver.save_best()
         self.summarize("running")
         self.live.look(job.run, self.display)
         return True
@@ -408,7 +327,7 @@ class Loop:
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-            self.take_fewer_rows("validation")
+            self.recovery.take_fewer_rows("validation")
 
     def watch_forgetting(self, metrics: Mapping[str, float]) -> bool:
         """Say how much worse everything earlier is; whether all of it is within the limit."""
@@ -449,68 +368,13 @@ class Loop:
             state.epochs_without_improvement = 0 if improved else state.epochs_without_improvement + 1
         self.display.epoch(epoch, job.epochs, state)
         state.closed_epochs, state.epoch_loss_sum, state.epoch_tokens = epoch, 0.0, 0
-        if folder := self.save_and_rotate("epoch", epoch):
+        if folder := self.saver.save_numbered("epoch", epoch):
             self.display.line(f"  Checkpoint saved to {folder}")
         self.display.line(f"  Elapsed: {self.watch.hours:.2f}h | Remaining: {self.remaining_hours():.2f}h")
 
-    def save_and_rotate(self, kind: str, number: int) -> Path | None:
-        folder = self.save(f"{kind}-{number}")
-        if folder:
-            rotate(self.job.run.checkpoints, kind, self.job.watching.keep_checkpoints)
-        return folder
-
-    def save_best(self) -> None:
-        """The weights as the best, which they are only once they are on disk."""
-        state = self.state
-        before = state.best_val_loss, state.best_step
-        state.best_val_loss, state.best_step = state.val_loss, state.step
-        if self.save("best") is None:
-            state.best_val_loss, state.best_step = before
-
-    def save(self, name: str, *, last: bool = False) -> Path | None:
-        """Save under `name`, with a few tries; None where the disk refuses and the run goes on without.
-
-        Raises:
-            StorageError: it refuses the last checkpoint of a run, or several one after the other.
-        """
-        for pause in SAVE_PAUSES:
-            time.sleep(pause)
-            try:
-                folder = self.write_checkpoint(name)
-            except (StorageError, OSError, MemoryError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-                    raise
-                failure = error
-            else:
-                self.failed_saves = 0
-                return folder
-        self.failed_saves += 1
-        refused = failure if isinstance(failure, StorageError) else StorageError(f"{self.job.run.path}: {failure}")
-        if last or self.failed_saves >= MOST_FAILED_SAVES:
-            raise refused
-        self.job.run.event("save_failed", self.state.step, checkpoint=name, reason=str(refused))
-        self.display.line(f"Step {self.state.step}: {refused}. Going on; earlier checkpoints are whole")
-        return None
-
-    def write_checkpoint(self, name: str) -> Path:
-        """Another name for the weights just saved costs next to nothing."""
-        job, state = self.job, self.state
-        folder = job.run.checkpoints / name
-        state.seconds = began = self.watch.seconds
-        state.scaler = job.scaler.state_dict()
-        state.records = job.run.positions()
-        if self.saved and self.saved[0] == state.step and self.saved[1].exists() and self.saved[1] != folder:
-            link_checkpoint(self.saved[1], folder, state.to_json())
-            return folder
-        tensors = optimizer_tensors(job.model, job.optimizer)
-        save_checkpoint(folder, job.model, job.tokenizer, tensors, state.to_json(), job.keeping.companions)
-        self.save_seconds = max(self.watch.seconds - began, 0.9 * self.save_seconds)
-        self.saved = (state.step, folder)
-        return folder
-
     def stop_with(self, status: str, name: str) -> str:
         if self.state.step > 0:
-            self.save(name, last=True)
+            self.saver.save(name, last=True)
         return status
 
     def stop_early(self) -> str:
@@ -525,7 +389,7 @@ class Loop:
         state = self.state
         self.reason = f"--max_forgetting {self.job.keeping.max_forgetting:g} was exceeded"
         if self.job.keeping.on_forgetting == "stop" and state.best_step < state.step:
-            self.save_best()
+            self.saver.save_best()
         if (self.job.run.checkpoints / "best").exists():
             return self.stop_early()
         return "early_stopped"
@@ -576,23 +440,3 @@ class Loop:
 def others_entries(run: Path) -> dict[str, Any]:
     """What a person or a judge wrote into the summary of a run that now goes on."""
     return {name: value for name, value in read_summary(run).items() if name in ("judge", "notes")}
-
-
-def nothing_fits(job: Job) -> str:
-    """That not even one row fits, and what would take less."""
-    training, model = job.training, job.model
-    helps = {
-        "--gradient_checkpointing": not training.gradient_checkpointing,
-        f"--max_seq_len {job.rows.max_seq_len // 2}": job.rows.max_seq_len > 1,
-        "--optimizer adamw8bit": training.optimizer == "adamw",
-        "--lora": model.adapter is None and job.parent is not None,
-    }
-    listed = ", ".join(option for option, useful in helps.items() if useful)
-    return (
-        f"{job.device}: out of memory with one row of {job.rows.max_seq_len} tokens at a time; "
-        f"what takes less: {listed or 'a smaller model'}. `seedbed plan` says how much"
-    )
-
-
-def trained_bytes(job: Job) -> int:
-    return sum(p.numel() * p.element_size() for p in job.model.parameters() if p.requires_grad)

@@ -1,19 +1,120 @@
-"""Going back to an earlier checkpoint of the run that goes on."""
+"""What a run does about bad numbers and too little memory: skip, take fewer rows at once, go back."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import torch
 
 from seedbed.checkpoint import load_model, newest_intact, read_optimizer, read_state
+from seedbed.errors import DivergedError, OutOfMemoryError
 from seedbed.optim import load_optimizer_tensors
 from seedbed.train.job import Job
+from seedbed.train.progress import Display
 from seedbed.train.state import TrainingState
+from seedbed.train.step import let_go
 
+MOST_REFUSED: Final = 10  # updates, one after the other
 MOST_ROLLBACKS: Final = 3
 LOWERED: Final = 0.5  # what each of them makes of the learning rate
+
+
+class Recovery:
+    """Keeps a run going; everything it does is an event and a line.
+
+    Args:
+        went_back: called with the checkpoint whenever the run continues from an earlier one.
+    """
+
+    def __init__(self, job: Job, display: Display, went_back: Callable[[Path], None]) -> None:
+        self._job, self._display, self._went_back = job, display, went_back
+
+    def take_fewer_rows(self, during: str) -> None:
+        """Halve the rows at once; the update, its rows and their order stay the same.
+
+        Raises:
+            OutOfMemoryError: it was one row already.
+        """
+        job, state = self._job, self._job.state
+        let_go(job)
+        if job.micro_batch_size == 1:
+            raise OutOfMemoryError(nothing_fits(job))
+        state.micro_batch_size = -(-job.micro_batch_size // 2)
+        job.run.event("out_of_memory", state.step + 1, during=during, micro_batch_size=state.micro_batch_size)
+        self._display.line(
+            f"Step {state.step + 1}: out of memory; going on with {state.micro_batch_size} rows at once, "
+            f"{job.rows_per_step} an update as before"
+        )
+
+    def undo_torn_update(self) -> None:
+        """Back to the last checkpoint, since the weights are neither of one step nor of the next.
+
+        Raises:
+            OutOfMemoryError: there is none yet.
+        """
+        job, torn_at = self._job, self._job.state.step
+        if self._go_back() is None:
+            raise OutOfMemoryError(f"{nothing_fits(job)} (in the middle of an update, with no checkpoint yet)")
+        job.run.event("roll_back", torn_at, to=job.state.step, reason="out of memory in the middle of an update")
+
+    def pass_over(self) -> None:
+        """Leave out the rows of a step that were set aside."""
+        job, state = self._job, self._job.state
+        first, end = job.rows_of(state.step)
+        state.step += 1
+        job.run.event("set_aside", state.step, rows=[first, end - 1])
+
+    def skip(self, reason: str) -> None:
+        """Record an update that was refused; after several in a row go back, lower the rate and set them aside.
+
+        Raises:
+            DivergedError: nothing was learnt yet, or going back did not help.
+        """
+        job, state = self._job, self._job.state
+        state.skipped_in_a_row += 1
+        first, end = job.rows_of(state.step - 1)
+        job.run.event("skipped_step", state.step, reason=reason, rows=[first, end - 1])
+        self._display.line(f"Step {state.step}: {reason}; update skipped")
+        # float16 finds its loss scale by overflowing: from 65,536 down takes some tries.
+        limit = 2 * MOST_REFUSED if job.scaler.is_enabled() else MOST_REFUSED
+        if state.skipped_in_a_row >= limit:
+            self._roll_back(f"{limit} updates in a row were refused ({reason})")
+
+    def _roll_back(self, reason: str) -> None:
+        job, state = self._job, self._job.state
+        bad_at = state.step
+        if not state.tokens or state.rollbacks >= MOST_ROLLBACKS:
+            tried = f", also after going back {state.rollbacks} times with lower rates" if state.rollbacks else ""
+            raise DivergedError(
+                f"step {bad_at}: {reason}{tried}; lower --learning_rate "
+                f"(now {job.training.learning_rate * state.learning_rate_factor:g}) or lengthen --warmup_steps"
+            )
+        state.rollbacks += 1
+        state.learning_rate_factor *= LOWERED
+        state.set_aside = sorted({*state.set_aside, *range(bad_at - state.skipped_in_a_row, bad_at)})
+        state.skipped_in_a_row = 0
+        checkpoint, factor = self._go_back(), state.learning_rate_factor
+        job.run.event(
+            "roll_back",
+            bad_at,
+            to=state.step,
+            reason=reason,
+            checkpoint=None if checkpoint is None else checkpoint.name,
+            learning_rate_factor=factor,
+            set_aside=state.set_aside,
+        )
+        where = f"back to {checkpoint}" if checkpoint else "on from the weights at hand, which no bad update reached"
+        self._display.line(
+            f"Step {bad_at}: {reason}; {where}, with {factor:g} times the learning rate and without their rows"
+        )
+
+    def _go_back(self) -> Path | None:
+        checkpoint = go_back(self._job)
+        if checkpoint is not None:
+            self._went_back(checkpoint)
+        return checkpoint
 
 
 def go_back(job: Job) -> Path | None:
@@ -45,10 +146,17 @@ def load_weights(job: Job, checkpoint: Path) -> None:
             parameter.copy_(saved[name])
 
 
-def lower_and_set_aside(state: TrainingState) -> None:
-    """Half the learning rate, and never again the rows of the updates that were refused one after the other."""
-    state.rollbacks += 1
-    state.learning_rate_factor *= LOWERED
-    bad = range(state.step - state.skipped_in_a_row, state.step)
-    state.set_aside = sorted({*state.set_aside, *bad})
-    state.skipped_in_a_row = 0
+def nothing_fits(job: Job) -> str:
+    """That not even one row fits, and what would take less."""
+    training, length = job.training, job.rows.max_seq_len
+    helps = {
+        "--gradient_checkpointing": not training.gradient_checkpointing,
+        f"--max_seq_len {length // 2}": length > 1,
+        "--optimizer adamw8bit": training.optimizer == "adamw",
+        "--lora": job.model.adapter is None and job.parent is not None,
+    }
+    listed = ", ".join(option for option, useful in helps.items() if useful)
+    return (
+        f"{job.device}: out of memory with one row of {length} tokens at a time; "
+        f"what takes less: {listed or 'a smaller model'}. `seedbed plan` says how much"
+    )

@@ -1,0 +1,142 @@
+"""Files that are no files, rows that are barely rows, and every key of a config misspelt."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import string
+import time
+from pathlib import Path
+
+import pytest
+
+from seedbed.cli.app import run
+from seedbed.config import REGIME_SECTIONS, Layer, resolve
+from seedbed.errors import ConfigError
+
+FLAGS = ["pretrain", "--output", "run", "--max_steps", "1", "--device", "cpu", "--precision", "fp32", "--no_tensorboard", "--no_report"]
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(data: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The message of a run on this text, which must end with 3 soon and leave nothing behind."""
+    began = time.monotonic()
+    assert run([*FLAGS, "--data", data, "--model", "tiny"]) == 3
+    assert time.monotonic() - began < 5
+    assert not Path("run").exists()
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_pipe(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(work / "pipe.txt")
+    assert "pipe.txt" in refused("pipe.txt", capsys)
+
+
+def test_a_folder_without_text(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "empty").mkdir()
+    assert "empty" in refused("empty", capsys)
+
+
+def test_a_link_to_itself(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "loop.txt").symlink_to("loop.txt")
+    assert "loop.txt" in refused("loop.txt", capsys)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+def test_a_file_that_may_not_be_read(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "secret.txt").write_text("words " * 100)
+    (work / "secret.txt").chmod(0)
+    assert "secret.txt" in refused("secret.txt", capsys)
+
+
+def test_a_gigabyte_of_nothing(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file with a hole: one line of zeros, refused at the first of them."""
+    with (work / "hole.txt").open("wb") as file:
+        file.write(b"words ")
+        file.truncate(2**30)
+    message = refused("hole.txt", capsys)
+    assert "binary" in message and "byte 6" in message
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n\n"])
+@pytest.mark.parametrize("begin", ["", "\ufeff"])
+def test_ends_of_lines_and_a_mark_at_the_beginning_are_no_trouble(end: str, begin: str, work: Path) -> None:
+    text = "\r\n\r\n".join(f"Document {number} says {number * 7}." for number in range(400))
+    (work / "fine.txt").write_bytes((begin + text + end).encode())
+    assert run([*FLAGS, "--data", "fine.txt", "--model", "tiny", "--max_seq_len", "32", "--vocab_size", "300"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("[" * 10_000 + "]" * 10_000, "too deep"),
+        ('{"text": ' + '{"a": ' * 10_000 + "1" + "}" * 10_001, "too deep"),
+        ('{"text": NaN}', "float"),
+        ('{"text": ' + "9" * 5000 + "}", "line 3"),
+        ("\x00", "line 3"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 2, 5])
+def test_a_row_that_is_barely_one(
+    row: str, words: str, place: int, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.dumps({"text": f"Row {number}."}) for number in range(5)]
+    rows.insert(place, row)
+    (work / "rows.jsonl").write_text("\n".join(rows))
+    message = refused("rows.jsonl", capsys)
+    assert words.replace("line 3", f"line {place + 1}") in message or ("\x00" in row and "rows.jsonl" in message)
+
+
+def test_a_field_of_ten_megabytes_is_text(work: Path) -> None:
+    long = " ".join(str(number) for number in range(1_500_000))
+    rows = [json.dumps({"text": text}) for text in (long[:10_000_000], "Short.", "Another.")]
+    (work / "rows.jsonl").write_text("\n".join(rows))
+    flags = [*FLAGS, "--model", "tiny", "--max_seq_len", "32", "--tokenizer", "byte", "--val_split", "0"]
+    assert run([*flags, "--data", "rows.jsonl"]) == 0
+
+
+def misspelt(name: str, choose: random.Random) -> str:
+    """One letter left out, doubled, replaced or swapped with the next."""
+    place = choose.randrange(len(name))
+    letter = choose.choice(string.ascii_lowercase)
+    ways = (
+        name[:place] + name[place + 1 :],
+        name[:place] + name[place] + name[place:],
+        name[:place] + letter + name[place + 1 :],
+        name[:place] + name[place + 1 : place + 2] + name[place : place + 1] + name[place + 2 :],
+    )
+    return choose.choice(ways)
+
+
+@pytest.mark.parametrize("regime", ["scratch", "finetune", "continue"])
+def test_every_key_misspelt_is_refused_with_the_right_one(regime: str) -> None:
+    names = {name for section in REGIME_SECTIONS[regime] for name in section.model_fields}
+    choose, tried = random.Random(0), 0
+    for name in sorted(names):
+        for _ in range(5):
+            wrong = misspelt(name, choose)
+            if wrong in names or len(name) < 4:
+                continue
+            with pytest.raises(ConfigError) as refusal:
+                resolve(regime, [Layer("file.yaml", {wrong: 1})])
+            problem = next(problem for problem in refusal.value.problems if wrong in problem)
+            assert "did you mean" in problem and "file.yaml" in problem, problem
+            tried += 1
+    assert tried > 200
+
+
+@pytest.mark.parametrize("value", [[], {}, "words", float("nan"), -1, True])
+def test_every_number_of_the_wrong_kind_is_refused(value: object) -> None:
+    for section in REGIME_SECTIONS["scratch"]:
+        for name, field in section.model_fields.items():
+            if field.annotation not in (int, float):
+                continue
+            with pytest.raises(ConfigError) as refusal:
+                resolve("scratch", [Layer("file.yaml", {"model": "tiny", name: value})])
+            assert any(name in problem for problem in refusal.value.problems), (name, value)
