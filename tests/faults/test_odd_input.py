@@ -15,7 +15,15 @@ from seedbed.cli.app import run
 from seedbed.config import REGIME_SECTIONS, Layer, resolve
 from seedbed.errors import ConfigError
 
-FLAGS = ["pretrain", "--output", "run", "--max_steps", "1", "--device", "cpu", "--precision", "fp32", "--no_tensorboard", "--no_report"]
+FLAGS = [
+    "pretrain",
+    "--output=run",
+    "--max_steps=1",
+    "--device=cpu",
+    "--precision=fp32",
+    "--no_tensorboard",
+    "--no_report",
+]
 
 
 @pytest.fixture

@@ -243,6 +243,9 @@ class WatchOptions(Section):
         3,
         description="Newest step and epoch checkpoints kept of each kind; best and final always stay; 0 keeps all.",
     )
+    async_save: bool = Field(
+        False, description="Write checkpoints beside training, from a copy in memory; the last one is waited for."
+    )
     output: str | None = Field(None, description="Run folder; by default runs/ and a name from the data and model.")
     stop_at_step: Positive | None = Field(
         None,
@@ -362,6 +365,7 @@ FREE_TO_CHANGE = frozenset(
         "log_every",
         "stop_at_step",
         "keep_checkpoints",
+        "async_save",
         "output",
         "resume",
         "resume_from",

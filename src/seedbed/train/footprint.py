@@ -64,6 +64,8 @@ class Footprint:
     """Weights in float32 and the files that they are read from."""
     saving: float
     """A copy of the weights, in the order of the file."""
+    beside: float = 0.0
+    """What is copied to be written beside training."""
     unused: float = 0.0
     """The allocator's share of what comes and goes."""
 
@@ -84,7 +86,10 @@ class Footprint:
             end = self.gradients + self.activations(rows) + self.cache + self.updating
         moving = max(forward, backward, end) * (1 + self.unused)
         step = self.weights + self.optimizer + moving
-        return self.program + max(step, self.loading, self.weights + self.optimizer + self.saving)
+        saving = self.saving + self.beside
+        return self.program + max(
+            step + saving * bool(self.beside), self.loading, self.weights + self.optimizer + saving
+        )
 
     def parts_mb(self, rows: int) -> dict[str, float]:
         """Each part and the peak, in MB of 2^20 bytes."""

@@ -273,5 +273,6 @@ def _footprint(
         updating=UNPACKED * max(p.numel() for p in model.parameters() if p.requires_grad) * (unpacks and on_cpu),
         loading=4.0 * parameters + run.stored_bytes if on_cpu else 0.0,
         saving=0.0 if config.with_lora or not on_cpu else 4.0 * parameters,
+        beside=weights + costs.state_bytes * trained if config.watching.async_save and on_cpu else 0.0,
         unused=UNUSED if on_cpu else 0.0,
     )

@@ -94,7 +94,7 @@ class Loop:
         self.total_step_seconds = 0.0
         self.sitting_tokens = 0
         self.saver = Saver(job, display, self.watch)
-        self.recovery = Recovery(job, display, self.went_back)
+        self.recovery = Recovery(job, display, self.saver, self.went_back)
         self.told_of_records = False
         self.reason = ""
         self.look_at_records()
@@ -197,9 +197,8 @@ class Loop:
                 self.recovery.undo_torn_update()
                 return None
 
-    def went_back(self, checkpoint: Path) -> None:
+    def went_back(self) -> None:
         """Everything this sitting remembers is of the steps before the checkpoint."""
-        self.saver.newest = (self.state.step, checkpoint)
         self.first_step, self.first_second = self.state.step, self.watch.seconds
         self.look_at_records()
         self.count_epochs()
@@ -369,7 +368,7 @@ class Loop:
         self.display.epoch(epoch, job.epochs, state)
         state.closed_epochs, state.epoch_loss_sum, state.epoch_tokens = epoch, 0.0, 0
         if folder := self.saver.save_numbered("epoch", epoch):
-            self.display.line(f"  Checkpoint saved to {folder}")
+            self.display.line(f"  Checkpoint {'goes' if job.watching.async_save else 'saved'} to {folder}")
         self.display.line(f"  Elapsed: {self.watch.hours:.2f}h | Remaining: {self.remaining_hours():.2f}h")
 
     def stop_with(self, status: str, name: str) -> str:
@@ -379,6 +378,7 @@ class Loop:
 
     def stop_early(self) -> str:
         """End with the best weights, not the last."""
+        self.saver.wait()
         checkpoints = self.job.run.checkpoints
         best = checkpoints / "best"
         link_checkpoint(best, checkpoints / "final", read_state(best))

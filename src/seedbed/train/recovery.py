@@ -13,6 +13,7 @@ from seedbed.errors import DivergedError, OutOfMemoryError
 from seedbed.optim import load_optimizer_tensors
 from seedbed.train.job import Job
 from seedbed.train.progress import Display
+from seedbed.train.saving import Saver
 from seedbed.train.state import TrainingState
 from seedbed.train.step import let_go
 
@@ -25,11 +26,11 @@ class Recovery:
     """Keeps a run going; everything it does is an event and a line.
 
     Args:
-        went_back: called with the checkpoint whenever the run continues from an earlier one.
+        went_back: called whenever the run continues from an earlier checkpoint.
     """
 
-    def __init__(self, job: Job, display: Display, went_back: Callable[[Path], None]) -> None:
-        self._job, self._display, self._went_back = job, display, went_back
+    def __init__(self, job: Job, display: Display, saver: Saver, went_back: Callable[[], None]) -> None:
+        self._job, self._display, self._saver, self._went_back = job, display, saver, went_back
 
     def take_fewer_rows(self, during: str) -> None:
         """Halve the rows at once; the update, its rows and their order stay the same.
@@ -111,9 +112,11 @@ class Recovery:
         )
 
     def _go_back(self) -> Path | None:
+        self._saver.wait()
         checkpoint = go_back(self._job)
         if checkpoint is not None:
-            self._went_back(checkpoint)
+            self._saver.newest = (self._job.state.step, checkpoint)
+            self._went_back()
         return checkpoint
 
 

@@ -1,13 +1,21 @@
-"""Checkpoints of a run that goes on: under several names, and on disks that refuse."""
+"""Checkpoints of a run that goes on: under several names, beside training, and on disks that refuse."""
 
 from __future__ import annotations
 
+import copy
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final
+from threading import Thread
+from typing import Any, Final
+
+from torch import Tensor, nn
 
 from seedbed.checkpoint import link_checkpoint, rotate, save_checkpoint
 from seedbed.errors import StorageError
+from seedbed.model.decoder import Decoder
 from seedbed.optim import optimizer_tensors
 from seedbed.train.job import Job
 from seedbed.train.progress import Display
@@ -17,9 +25,33 @@ from seedbed.train.stopping import Stopwatch
 PAUSES: Final = (0.0, 0.5, 2.0)  # seconds before each try
 MOST_FAILURES: Final = 5  # one after the other
 
+Act = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What a checkpoint is written from."""
+
+    model: Decoder
+    optimizer: Mapping[str, Tensor]
+    state: dict[str, Any]
+
+    def copied(self) -> _Weights:
+        """The same in memory of its own, on the CPU, which training does not change."""
+        parameters = {
+            id(parameter): nn.Parameter(parameter.detach().cpu().clone(), requires_grad=parameter.requires_grad)
+            for parameter in self.model.parameters()
+        }
+        optimizer = {name: tensor.detach().cpu().clone() for name, tensor in self.optimizer.items()}
+        return _Weights(copy.deepcopy(self.model, dict(parameters)), optimizer, self.state)
+
 
 class Saver:
-    """Writes a run's checkpoints; a disk that is full or fails for a while does not end the run."""
+    """Writes a run's checkpoints; a disk that is full or fails for a while does not end the run.
+
+    With `--async_save` one checkpoint at a time is written beside training, from a copy in memory. What comes next
+    waits for it: another save, going back, the end.
+    """
 
     def __init__(self, job: Job, display: Display, watch: Stopwatch) -> None:
         self._job, self._display, self._watch = job, display, watch
@@ -27,62 +59,113 @@ class Saver:
         self.seconds = 0.5 + 3 * sum(trained) / 500e6
         """Of a slow recent save; an estimate until there was one."""
         self.newest: tuple[int, Path] | None = None
-        """Step and folder of the weights at hand, if they are on disk."""
+        """Step and folder of the weights at hand, if they are on disk or on their way."""
         self._failures = 0
+        self._thread: Thread | None = None
+        self._failure: Exception | None = None
+        self._about: tuple[int, str, Act] = (0, "", lambda: None)  # step and name; what to do if it fails
 
     def save_numbered(self, kind: str, number: int) -> Path | None:
         """`KIND-NUMBER`, and none of its kind beyond those that are kept; see `save`."""
-        folder = self.save(f"{kind}-{number}")
-        if folder:
-            rotate(self._job.run.checkpoints, kind, self._job.watching.keep_checkpoints)
-        return folder
+        checkpoints, keep = self._job.run.checkpoints, self._job.watching.keep_checkpoints
+        return self.save(f"{kind}-{number}", then=lambda: rotate(checkpoints, kind, keep))
 
     def save_best(self) -> None:
         """The weights as the best, which they are only once they are on disk."""
         state = self._job.state
         before = state.best_val_loss, state.best_step
-        state.best_val_loss, state.best_step = state.val_loss, state.step
-        if self.save("best") is None:
+
+        def undo() -> None:
             state.best_val_loss, state.best_step = before
 
-    def save(self, name: str, *, last: bool = False) -> Path | None:
+        state.best_val_loss, state.best_step = state.val_loss, state.step
+        self.save("best", undo=undo)
+
+    def save(self, name: str, *, last: bool = False, then: Act = lambda: None, undo: Act = lambda: None) -> Path | None:
         """Save under `name`, with a few tries; None where the disk refuses and the run goes on without.
 
+        Args:
+            name: of the folder in the run's checkpoints.
+            last: of the run: it is waited for, and must succeed.
+            then: what to do once it is on disk.
+            undo: what to do if it is not.
+
         Raises:
-            StorageError: it refuses the last checkpoint of a run, or several one after the other.
+            StorageError: the disk refuses the last checkpoint of a run, or several one after the other.
         """
+        self.wait()
+        folder = self._job.run.checkpoints / name
+        self._about = self._job.state.step, name, undo
+        if last or not self._job.watching.async_save:
+            self._try(lambda: self._work(folder)(), then)
+            return folder if self._is_settled(last=last) else None
+        try:
+            work = self._work(folder)
+        except OSError as error:
+            self._failure = error
+            return folder if self._is_settled() else None
+        self._thread = Thread(target=self._try, args=(work, then), daemon=True)  # a second signal does not wait for it
+        self._thread.start()
+        return folder
+
+    def wait(self) -> None:
+        """Until what is being written is on disk, or known not to be.
+
+        Raises:
+            StorageError: several failed, one after the other.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._is_settled()
+
+    def _work(self, folder: Path) -> Act:
+        """What writes the weights as they are now; another name for those just saved costs next to nothing."""
+        job, state = self._job, self._job.state
+        state.seconds, state.scaler, state.records = self._watch.seconds, job.scaler.state_dict(), job.run.positions()
+        newest = self.newest
+        if newest and newest[0] == state.step and newest[1].exists() and newest[1] != folder:
+            return partial(link_checkpoint, newest[1], folder, state.to_json())
+        self.newest = (state.step, folder)
+        weights = _Weights(job.model, optimizer_tensors(job.model, job.optimizer), state.to_json())
+        if job.watching.async_save:
+            weights = weights.copied()
+
+        def write() -> None:
+            began = self._watch.seconds
+            model, optimizer, values = weights.model, weights.optimizer, weights.state
+            save_checkpoint(folder, model, job.tokenizer, optimizer, values, job.keeping.companions)
+            self.seconds = max(self._watch.seconds - began, 0.9 * self.seconds)
+
+        return write
+
+    def _try(self, work: Act, then: Act) -> None:
         for pause in PAUSES:
             time.sleep(pause)
             try:
-                folder = self._write(name)
+                work()
+                then()
             except (StorageError, OSError, MemoryError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-                    raise
-                failure = error
+                self._failure = error
             else:
-                self._failures = 0
-                return folder
+                self._failure = None
+                return
+
+    def _is_settled(self, *, last: bool = False) -> bool:
+        """Whether the last save succeeded; what it means if it did not."""
+        failure, self._failure = self._failure, None
+        if failure is None:
+            self._failures = 0
+            return True
+        if isinstance(failure, RuntimeError) and not is_out_of_memory(failure):
+            raise failure
         self._failures += 1
-        run, step = self._job.run, self._job.state.step
+        self.newest = None
+        (step, name, undo), run = self._about, self._job.run
+        undo()
         refused = failure if isinstance(failure, StorageError) else StorageError(f"{run.path}: {failure}")
         if last or self._failures >= MOST_FAILURES:
             raise refused
         run.event("save_failed", step, checkpoint=name, reason=str(refused))
         self._display.line(f"Step {step}: {refused}. Going on; earlier checkpoints are whole")
-        return None
-
-    def _write(self, name: str) -> Path:
-        """Another name for the weights just saved costs next to nothing."""
-        job, state = self._job, self._job.state
-        folder = job.run.checkpoints / name
-        state.seconds = began = self._watch.seconds
-        state.scaler = job.scaler.state_dict()
-        state.records = job.run.positions()
-        if self.newest and self.newest[0] == state.step and self.newest[1].exists() and self.newest[1] != folder:
-            link_checkpoint(self.newest[1], folder, state.to_json())
-            return folder
-        tensors = optimizer_tensors(job.model, job.optimizer)
-        save_checkpoint(folder, job.model, job.tokenizer, tensors, state.to_json(), job.keeping.companions)
-        self.seconds = max(self._watch.seconds - began, 0.9 * self.seconds)
-        self.newest = (state.step, folder)
-        return folder
+        return False

@@ -95,6 +95,8 @@ WATCHING = {
     "--early_stopping_patience",
     "--save_every",
     "--keep_checkpoints",
+    "--async_save",
+    "--no_async_save",
     "--output",
     "--stop_at_step",
     "--resume",
