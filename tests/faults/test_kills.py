@@ -109,8 +109,9 @@ def test_killed_sixty_times(sitting: Sitting, straight: tuple[Path, float], tmp_
         number += 1
 
 
-def test_killed_forty_times_in_slow_saves(
-    sitting: Sitting, straight: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("beside", [False, True], ids=["in training", "beside training"])
+def test_killed_in_slow_saves(
+    sitting: Sitting, straight: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: bool
 ) -> None:
     untouched, seconds = straight
     flush = checkpoint._fsync
@@ -123,7 +124,7 @@ def test_killed_forty_times_in_slow_saves(
     choose, kills, number = random.Random(1), 0, 0
     while kills < 40 * TIMES:
         run = tmp_path / f"killed-{number}"
-        kills += kill_until_done(run, sitting, 2 * seconds, choose)
+        kills += kill_until_done(run, partial(sitting, async_save=beside), 2 * seconds, choose)
         require_same(run, untouched)
         number += 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import time
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
@@ -16,7 +17,7 @@ from seedbed.checkpoint import damage
 from seedbed.errors import StorageError
 from seedbed.runs import folder as records
 from seedbed.runs.folder import RunFolder, read_records
-from seedbed.train import saving
+from seedbed.train import loop, saving
 from tests.runs.conftest import RunIt, read_metrics, same_weights
 
 OPTIONS: dict[str, Any] = {"max_steps": 20, "eval_every": 10, "save_every": 2, "keep_checkpoints": 0}
@@ -107,6 +108,52 @@ def test_a_best_that_is_not_on_disk_is_not_the_best(
     assert events(tmp_path / "a", "save_failed")[0]["checkpoint"] == "best"
     assert outcome.summary["best_step"] in (8, 12)
     assert not damage(tmp_path / "a/checkpoints/best")
+
+
+def test_beside_training_the_same_is_written(run_it: RunIt, tmp_path: Path) -> None:
+    run_it(tmp_path / "a", **OPTIONS, dropout=0.1)
+    run_it(tmp_path / "b", **OPTIONS, dropout=0.1, async_save=True)
+    names = sorted(path.name for path in (tmp_path / "a/checkpoints").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "b/checkpoints").iterdir()) and len(names) > 8
+    for name in names:
+        assert not damage(tmp_path / "b/checkpoints" / name)
+        assert same_weights(tmp_path / "a/checkpoints" / name, tmp_path / "b/checkpoints" / name), name
+    assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b")
+
+
+def test_training_goes_on_beside_a_save(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save that waits for the next step would wait for ever if that one waited for it."""
+    real, take, steps = saving.save_checkpoint, loop.take_step, [0]
+
+    def count(job: Any, used: float) -> Any:
+        steps[0] = job.state.step
+        return take(job, used)
+
+    def slowly(folder: Path, *rest: Any) -> None:
+        began, deadline = steps[0], time.monotonic() + 20
+        while folder.name == "step-4" and steps[0] < began + 2:
+            assert time.monotonic() < deadline, "training waits"
+            time.sleep(0.001)
+        real(folder, *rest)
+
+    monkeypatch.setattr(loop, "take_step", count)
+    monkeypatch.setattr(saving, "save_checkpoint", slowly)
+    options = {"max_steps": 12, "save_every": 4, "eval_every": 12, "async_save": True}
+    assert run_it(tmp_path / "a", **options).exit_code == 0
+    assert not events(tmp_path / "a", "save_failed")
+    assert not damage(tmp_path / "a/checkpoints/step-4")
+
+
+def test_a_save_beside_training_that_fails_is_told(
+    run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = saving.save_checkpoint
+    monkeypatch.setattr(saving, "save_checkpoint", Refusing(real, FULL, range(2, 5)))
+    assert run_it(tmp_path / "a", **OPTIONS, async_save=True).exit_code == 0
+    assert [event["checkpoint"] for event in events(tmp_path / "a", "save_failed")] == ["step-6"]
+    monkeypatch.setattr(saving, "save_checkpoint", Refusing(real, FULL, range(2, 10_000)))
+    with pytest.raises(StorageError):
+        run_it(tmp_path / "b", **{**OPTIONS, "max_steps": 60}, async_save=True)
 
 
 class FillingFile(FileIO):

@@ -11,18 +11,8 @@ from seedbed.runs.info import RunInfo, is_run, read_run, run_of
 
 BOOKKEEPING = frozenset(
     {
-        *(
-            "output",
-            "resume",
-            "resume_from",
-            "log_every",
-            "save_every",
-            "keep_checkpoints",
-            "async_save",
-            "tensorboard",
-            "report",
-        ),
-        *("strict", "allow", "stop_at_step"),
+        *("output", "resume", "resume_from", "log_every", "save_every", "keep_checkpoints", "async_save"),
+        *("tensorboard", "report", "strict", "allow", "stop_at_step"),
     }
 )
 """Options that change no figure of a run, only what is written and where."""

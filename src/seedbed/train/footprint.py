@@ -87,9 +87,8 @@ class Footprint:
         moving = max(forward, backward, end) * (1 + self.unused)
         step = self.weights + self.optimizer + moving
         saving = self.saving + self.beside
-        return self.program + max(
-            step + saving * bool(self.beside), self.loading, self.weights + self.optimizer + saving
-        )
+        training = step + saving if self.beside else step
+        return self.program + max(training, self.loading, self.weights + self.optimizer + saving)
 
     def parts_mb(self, rows: int) -> dict[str, float]:
         """Each part and the peak, in MB of 2^20 bytes."""
