@@ -51,8 +51,8 @@ forecast-table: $(VENV)/installed-dev  ## docs/forecast-results.md, measured ane
 	$(BIN)/python tests/starter.py .starter
 	$(BIN)/python benchmarks/forecast.py --starter .starter
 
-faults: $(VENV)/installed-dev  ## ten times the suite's kills, crashes and damaged files: about an hour
-	SEEDBED_FAULTS=10 $(BIN)/python -m pytest -n 2 tests/faults tests/runs/test_recovery.py tests/runs/test_storage.py
+faults: $(VENV)/installed-dev  ## six times the suite's kills, crashes and damaged files: about 15 minutes
+	SEEDBED_FAULTS=1 $(BIN)/python -m pytest -n 2 tests/faults tests/runs/test_recovery.py tests/runs/test_storage.py
 
 waiting: $(VENV)/installed-dev  ## how long one waits for what looks into run folders
 	$(BIN)/python benchmarks/waiting.py

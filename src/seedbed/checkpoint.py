@@ -100,7 +100,7 @@ def damage(folder: Path) -> list[str]:
         raise CheckpointError(
             f"{folder}: no {MANIFEST}; a checkpoint of ours has one, a foreign folder cannot be verified"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder}: {MANIFEST} is damaged") from None
     problems = []
     for name, size, digest in expected:

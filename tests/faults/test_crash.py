@@ -28,7 +28,7 @@ from seedbed.errors import SeedbedError
 from seedbed.model.decoder import Decoder
 from seedbed.runs.folder import write_atomically
 from seedbed.text.tokenizer import Tokenizer
-from tests.faults.injection import DIED, TIMES, FileSystem, forked
+from tests.faults.injection import DIED, FileSystem, forked, many
 
 Saving = Callable[[Path], None]
 
@@ -128,7 +128,7 @@ def test_a_power_cut_before_any_call(folder: Path, third_step: Saving, num_calls
     """What was not flushed is cut or empty: the newest checkpoint that is whole is taken, and there is one."""
     choose = random.Random(0)
     for dies_at in range(num_calls):
-        for attempt in range(2 * TIMES):
+        for attempt in range(many(2)):
             where = tmp_path / f"{dies_at}-{attempt}"
             checkpoints = copied(folder, where)
             assert crash(checkpoints, third_step, dies_at, choose) == (DIED, dies_at)
@@ -191,7 +191,7 @@ def is_refused(folder: Path) -> bool:
 def test_every_flipped_bit_is_found(folder: Path, tmp_path: Path) -> None:
     choose, whole = random.Random(0), tmp_path / "one/checkpoints/step-1"
     shutil.copytree(folder / "step-1", whole)
-    for number in range(1000 * TIMES):
+    for number in range(many(1000)):
         path = choose.choice(files_of(whole))
         before = path.read_bytes()
         flip(path, choose)

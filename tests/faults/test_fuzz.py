@@ -30,10 +30,10 @@ from seedbed.sweep.file import read_sweep_file
 from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.state import TrainingState
-from tests.faults.injection import TIMES
+from tests.faults.injection import many
 from tests.faults.mutation import damaged, odd_json
 
-TRIES = 700 * TIMES  # for each kind of file
+TRIES = many(700)  # for each kind of file
 SLOWEST = 5.0  # seconds
 MOST_MEMORY = 300.0  # MB beyond what was there
 

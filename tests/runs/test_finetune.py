@@ -24,7 +24,7 @@ from seedbed.lora import num_trainable
 from seedbed.model.decoder import Decoder
 from seedbed.model.weights import load_decoder
 from seedbed.text.template import find_template
-from seedbed.train import loop, step
+from seedbed.train import step
 from seedbed.train.build import build_job
 from seedbed.train.job import Job
 from seedbed.train.progress import Display
@@ -225,7 +225,7 @@ def test_noise_is_for_training_only(pretrained: Make, questions: Make, tmp_path:
     assert logits_of(plain.model).equal(logits_of(noisy.model))
     for job in (plain, noisy):
         job.model.train()
-    losses = [loop.take_step(job, 0.0).loss for job in (plain, noisy)]
+    losses = [step.take_step(job, 0.0).loss for job in (plain, noisy)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], abs=0.5)
 

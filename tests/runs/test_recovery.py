@@ -17,6 +17,7 @@ from seedbed.runs.folder import read_records
 from seedbed.train import loop, step
 from seedbed.train.forecast import Forecast
 from seedbed.train.job import Job
+from seedbed.train.measure import held_out_loss
 from seedbed.train.recovery import LOWERED, MOST_ROLLBACKS
 from tests.runs.conftest import RunIt, read_metrics, read_state, same_weights
 
@@ -114,7 +115,7 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch, where: str, beyond: int, at_s
     elif where == "optimizer":
         clip = torch.nn.utils.clip_grad_norm_
         jobs: list[Job] = []
-        take = loop.take_step
+        take = step.take_step
 
         def remember(job: Job, used: float) -> Any:
             jobs[:] = [job]
@@ -128,7 +129,7 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch, where: str, beyond: int, at_s
         monkeypatch.setattr(loop, "take_step", remember)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", before_update)
     else:
-        measure = loop.held_out_loss
+        measure = held_out_loss
 
         def evaluation(job: Any, *rest: Any) -> Any:
             fail(job)
@@ -167,7 +168,8 @@ def test_an_update_torn_in_the_middle_is_undone(run_it: RunIt, tmp_path: Path, m
     """Half of the weights moved: back to the last checkpoint, and on with fewer rows."""
     options = {**OPTIONS, "dropout": 0.0, "max_steps": 30}
     run_it(tmp_path / "straight", **options)
-    take, real, torn = loop.take_step, torch.optim.AdamW.step, []
+    take, real = step.take_step, torch.optim.AdamW.step
+    torn: list[bool] = []
 
     def tear(optimizer: torch.optim.Optimizer, *_args: Any) -> Any:
         with torch.no_grad():

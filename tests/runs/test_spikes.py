@@ -13,6 +13,7 @@ from seedbed.runs.folder import read_records
 from seedbed.train import loop
 from seedbed.train.job import Job
 from seedbed.train.spikes import RecentLosses
+from seedbed.train.step import StepResult, take_step
 from tests.runs.conftest import RunIt, read_metrics
 
 
@@ -59,9 +60,9 @@ def test_strange_rows_are_named(run_it: RunIt, small_text_file: Path, tmp_path: 
 
 
 def test_broken_weights_are_bad_everywhere(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop.take_step
+    real = take_step
 
-    def breaking(job: Job, budget_used: float) -> loop.StepResult:
+    def breaking(job: Job, budget_used: float) -> StepResult:
         if job.state.step == 30:
             with torch.no_grad():
                 job.model.get_parameter("final_norm.weight").mul_(-3)

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from seedbed.checkpoint import damage
+from seedbed.checkpoint import damage, link_checkpoint, save_checkpoint
 from seedbed.errors import StorageError
 from seedbed.runs import folder as records
 from seedbed.runs.folder import RunFolder, read_records
 from seedbed.train import loop, saving
+from seedbed.train.step import take_step
 from tests.runs.conftest import RunIt, read_metrics, same_weights
 
 OPTIONS: dict[str, Any] = {"max_steps": 20, "eval_every": 10, "save_every": 2, "keep_checkpoints": 0}
@@ -51,7 +52,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 def test_an_error_that_passes_is_not_noticed(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_it(tmp_path / "straight", **OPTIONS)
     stale = StorageError("it could not be written (Stale file handle)")
-    refusing = Refusing(saving.save_checkpoint, stale, range(3, 5))
+    refusing = Refusing(save_checkpoint, stale, range(3, 5))
     monkeypatch.setattr(saving, "save_checkpoint", refusing)
     assert run_it(tmp_path / "a", **OPTIONS).exit_code == 0
     assert refusing.refused == 2 and not events(tmp_path / "a", "save_failed")
@@ -61,7 +62,7 @@ def test_an_error_that_passes_is_not_noticed(run_it: RunIt, tmp_path: Path, monk
 def test_a_full_disk_does_not_end_the_run(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two saves fail for good; those before stay whole, those after are made, and the run is as if nothing was."""
     run_it(tmp_path / "straight", **OPTIONS)
-    refusing = Refusing(saving.save_checkpoint, FULL, range(2, 8))
+    refusing = Refusing(save_checkpoint, FULL, range(2, 8))
     monkeypatch.setattr(saving, "save_checkpoint", refusing)
     log = io.StringIO()
     assert run_it(tmp_path / "a", log=log, **OPTIONS).exit_code == 0
@@ -78,7 +79,7 @@ def test_a_full_disk_does_not_end_the_run(run_it: RunIt, tmp_path: Path, monkeyp
 def test_a_disk_that_stays_full_ends_it_with_the_last_save_whole(
     run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = saving.save_checkpoint
+    real = save_checkpoint
     monkeypatch.setattr(saving, "save_checkpoint", Refusing(real, FULL, range(2, 10_000)))
     with pytest.raises(StorageError, match="No space left"):
         run_it(tmp_path / "a", **{**OPTIONS, "max_steps": 60})
@@ -91,7 +92,7 @@ def test_a_disk_that_stays_full_ends_it_with_the_last_save_whole(
 def test_a_last_checkpoint_that_is_refused_is_no_success(
     run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = saving.link_checkpoint
+    real = link_checkpoint
     monkeypatch.setattr(saving, "link_checkpoint", Refusing(real, FULL, range(10_000)))
     with pytest.raises(StorageError):
         run_it(tmp_path / "a", max_steps=6, eval_every=6)
@@ -103,7 +104,7 @@ def test_a_best_that_is_not_on_disk_is_not_the_best(
     run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"max_steps": 12, "eval_every": 4, "learning_rate": 1e-2}
-    monkeypatch.setattr(saving, "save_checkpoint", Refusing(saving.save_checkpoint, FULL, range(3)))
+    monkeypatch.setattr(saving, "save_checkpoint", Refusing(save_checkpoint, FULL, range(3)))
     outcome = run_it(tmp_path / "a", **options)
     assert events(tmp_path / "a", "save_failed")[0]["checkpoint"] == "best"
     assert outcome.summary["best_step"] in (8, 12)
@@ -123,7 +124,7 @@ def test_beside_training_the_same_is_written(run_it: RunIt, tmp_path: Path) -> N
 
 def test_training_goes_on_beside_a_save(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A save that waits for the next step would wait for ever if that one waited for it."""
-    real, take, steps = saving.save_checkpoint, loop.take_step, [0]
+    real, take, steps = save_checkpoint, take_step, [0]
 
     def count(job: Any, used: float) -> Any:
         steps[0] = job.state.step
@@ -147,7 +148,7 @@ def test_training_goes_on_beside_a_save(run_it: RunIt, tmp_path: Path, monkeypat
 def test_a_save_beside_training_that_fails_is_told(
     run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = saving.save_checkpoint
+    real = save_checkpoint
     monkeypatch.setattr(saving, "save_checkpoint", Refusing(real, FULL, range(2, 5)))
     assert run_it(tmp_path / "a", **OPTIONS, async_save=True).exit_code == 0
     assert [event["checkpoint"] for event in events(tmp_path / "a", "save_failed")] == ["step-6"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from seedbed.config import FLAGS, Layer, resolve
 from seedbed.errors import ConfigError, DataError, DivergedError
 from seedbed.runs.folder import read_records
-from seedbed.train import loop, step
+from seedbed.train import step
 from seedbed.train.build import build_job
 from seedbed.train.job import Job
 from seedbed.train.progress import Display
@@ -73,7 +73,7 @@ def test_update_is_torchs_adamw_on_the_mean_loss(small_text_file: Path, tmp_path
         for group in optimizer.param_groups:
             group["lr"] = job.schedule.at(number + 1)
         optimizer.step()
-        result = loop.take_step(job, 0.0)
+        result = step.take_step(job, 0.0)
         job.state.step += 1
         assert result.loss == pytest.approx(loss.item(), abs=1e-5)
         assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)

@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from seedbed.errors import ConfigError
+from seedbed.parsing import parse_yaml
 from seedbed.runs.folder import read_records, read_summary
-
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is eight times as fast
 
 
 @dataclass(frozen=True)
@@ -63,12 +60,12 @@ def read_run(path: str | Path) -> RunInfo:
     if not run.is_dir():
         raise ConfigError(f"{path}: no such folder; expected a run such as runs/NAME (`seedbed runs list`)")
     try:
-        content = yaml.load((run / "config.yaml").read_text(encoding="utf-8"), Loader)
+        content = parse_yaml((run / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: holds no run (there is no config.yaml); `seedbed runs list` shows the runs"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{run}/config.yaml is not readable: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{run}/config.yaml is not of a run; expected lines such as `learning_rate: 0.0003`")

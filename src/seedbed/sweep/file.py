@@ -105,6 +105,8 @@ class _Loader(PlainLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
             if key.value in lines:
                 self.twice.append(f"line {line}: {key.value} stands on line {lines[key.value]} too; leave one out")
             lines[key.value] = line

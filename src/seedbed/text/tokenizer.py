@@ -498,4 +498,9 @@ def _token_text(token: object) -> str | None:
 def _files_to_keep(folder: Path) -> dict[str, str]:
     """What stands beside tokenizer.json and must be saved with it: settings and the chat template."""
     names = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-    return {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
+    try:
+        return {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"a file beside the tokenizer in {folder} cannot be read ({error}); copy it again from its origin"
+        ) from None
