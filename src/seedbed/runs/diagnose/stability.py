@@ -81,7 +81,7 @@ def divergence(facts: Facts) -> Iterator[Finding]:
 
 
 def nan(facts: Facts) -> Iterator[Finding]:
-    """Updates that were left out because the loss or its gradient was not finite."""
+    """Updates that were left out because the loss or its gradient was not finite, or exploded."""
     precision = str(facts.run.summary.get("precision"))
     in_half = precision == "fp16"
     steps = [int(event["step"]) for event in facts.of("skipped_step") if isinstance(event.get("step"), int)]
@@ -91,8 +91,10 @@ def nan(facts: Facts) -> Iterator[Finding]:
         return
     shown = ", ".join(f"{step:,}" for step in harmful[:5]) + (", ..." if len(harmful) > 5 else "")
     were = "1 update was" if len(harmful) == 1 else f"{len(harmful):,} updates were"
-    what = f"{were} not finite and left out (step{'s' if len(harmful) > 1 else ''} {shown})" if harmful else ""
-    end = "the run gave up because update after update was not finite" if gave_up else ""
+    exploded = sum("exploded" in str(event.get("reason")) for event in facts.of("skipped_step"))
+    kind = "not finite" if not exploded else "exploding" if exploded == len(steps) else "not finite or exploding"
+    what = f"{were} {kind} and left out (step{'s' if len(harmful) > 1 else ''} {shown})" if harmful else ""
+    end = f"the run gave up because update after update was {kind}" if gave_up else ""
     rate = facts.peak_rate
     lower = short(min(rate / 10, facts.middle_rate or SGD_RATE)) if rate else None
     cause = "; float16 overflows above 65,504" if in_half else ""
