@@ -17,8 +17,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -66,7 +68,7 @@ def save_checkpoint(
         save_file(dict(optimizer), temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(state, indent=2, allow_nan=False), encoding="utf-8")
         _add_companions(temporary, companions)
-        _write_manifest(temporary)
+        _seal(temporary)
 
 
 def link_checkpoint(source: Path, folder: Path, state: Mapping[str, Any], companions: Path | None = None) -> None:
@@ -80,11 +82,13 @@ def link_checkpoint(source: Path, folder: Path, state: Mapping[str, Any], compan
     """
     with _written_whole(folder) as temporary:
         shutil.copytree(source, temporary, copy_function=_link_or_copy, dirs_exist_ok=True)
+        known = {} if companions else _manifest_entries(source)
         for name in (STATE, MANIFEST):
             (temporary / name).unlink()
+            known.pop(name, None)
         (temporary / STATE).write_text(json.dumps(state, indent=2, allow_nan=False), encoding="utf-8")
         _add_companions(temporary, companions)
-        _write_manifest(temporary)
+        _seal(temporary, known)
 
 
 def damage(folder: Path) -> list[str]:
@@ -331,19 +335,33 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _write_manifest(folder: Path) -> None:
+def _manifest_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return entries
+
+
+def _seal(folder: Path, known: Mapping[str, dict[str, Any]] = MappingProxyType({})) -> None:
+    """Flush every file to the disk, and write the manifest of all, which is flushed last.
+
+    Digests are worked out while the disk is busy. Those that are `known` are of files that were linked: whatever
+    happened to their bytes since, the digest is of what was meant.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths
-    }
-    text = json.dumps({"version": 1, "files": files}, indent=2)
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    with ThreadPoolExecutor(1) as disk:
+        flushed = disk.map(_fsync, paths)
+        names = {path.relative_to(folder).as_posix(): path for path in paths}
+        files = {
+            name: known.get(name) or {"size": path.stat().st_size, "sha256": _sha256(path)}
+            for name, path in names.items()
+        }
+        list(flushed)
+    (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=2), encoding="utf-8")
+    for path in [folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        _fsync(path)
 
 
 def _commit(temporary: Path, folder: Path) -> None:
-    """Flush everything, then rename; a folder in the way steps aside first."""
-    for path in [*temporary.rglob("*"), temporary]:
-        _fsync(path)
+    """Rename what is sealed; a folder in the way steps aside first."""
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -29,21 +29,21 @@ Act = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class _Weights:
+class Weights:
     """What a checkpoint is written from."""
 
     model: Decoder
     optimizer: Mapping[str, Tensor]
     state: dict[str, Any]
 
-    def copied(self) -> _Weights:
+    def copied(self) -> Weights:
         """The same in memory of its own, on the CPU, which training does not change."""
         parameters = {
             id(parameter): nn.Parameter(parameter.detach().cpu().clone(), requires_grad=parameter.requires_grad)
             for parameter in self.model.parameters()
         }
         optimizer = {name: tensor.detach().cpu().clone() for name, tensor in self.optimizer.items()}
-        return _Weights(copy.deepcopy(self.model, dict(parameters)), optimizer, self.state)
+        return Weights(copy.deepcopy(self.model, dict(parameters)), optimizer, self.state)
 
 
 class Saver:
@@ -127,7 +127,7 @@ class Saver:
         if newest and newest[0] == state.step and newest[1].exists() and newest[1] != folder:
             return partial(link_checkpoint, newest[1], folder, state.to_json())
         self.newest = (state.step, folder)
-        weights = _Weights(job.model, optimizer_tensors(job.model, job.optimizer), state.to_json())
+        weights = Weights(job.model, optimizer_tensors(job.model, job.optimizer), state.to_json())
         if job.watching.async_save:
             weights = weights.copied()
 

@@ -1,0 +1,89 @@
+"""What a checkpoint of a gigabyte costs: its save, the digests in it, the copy of `--async_save`, and loading it again.
+
+    python benchmarks/saving.py [--folder WHERE] [--repeats 5]
+
+Figures go to `benchmarks/results/saving.json`, a table into `docs/reliability.md`. The machine should do nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+from unittest import mock
+
+import torch
+
+from commands import machine, put_between
+from seedbed import checkpoint
+from seedbed.checkpoint import load_model, read_optimizer, save_checkpoint
+from seedbed.model.config import from_scratch
+from seedbed.model.decoder import Decoder
+from seedbed.text.tokenizer import train_char
+from seedbed.train.saving import Weights
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+RESULTS: Final = ROOT / "benchmarks" / "results" / "saving.json"
+PAGE: Final = ROOT / "docs" / "reliability.md"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def gigabyte() -> Decoder:
+    """A model whose weights and moments take about that."""
+    return Decoder(from_scratch("llama", vocab_size=1000, d_model=768, num_layers=12, num_heads=12, max_seq_len=512))
+
+
+def measure(folder: Path, repeats: int) -> dict[str, Any]:
+    model, tokenizer = gigabyte(), train_char(["abc"])
+    optimizer = {f"{name}/{key}": torch.zeros_like(p) for name, p in model.named_parameters() for key in ("a", "b")}
+    rows: dict[str, list[float]] = {"save": [], "save without digests": [], "copy": [], "load": []}
+    where = folder / "checkpoint"
+    for _ in range(repeats):
+        rows["save"].append(seconds(lambda: save_checkpoint(where, model, tokenizer, optimizer, {})))
+        rows["load"].append(seconds(lambda: (load_model(where), read_optimizer(where))))
+        with mock.patch.object(checkpoint, "_sha256", lambda _path: "0" * 64):
+            rows["save without digests"].append(
+                seconds(lambda: save_checkpoint(where, model, tokenizer, optimizer, {}))
+            )
+        rows["copy"].append(seconds(Weights(model, optimizer, {}).copied))
+    size = sum(path.stat().st_size for path in where.rglob("*") if path.is_file())
+    return {"machine": machine(), "gigabytes": round(size / 1e9, 3), "seconds": rows}
+
+
+def table(found: dict[str, Any]) -> str:
+    middle = {name: statistics.median(values) for name, values in found["seconds"].items()}
+    size = found["gigabytes"]
+    digests = middle["save"] / middle["save without digests"] - 1
+    lines = [
+        f"| a checkpoint of {size:.2f} GB, {len(found['seconds']['save'])} times | seconds |",
+        "|---|---:|",
+        *(f"| {name} | {value:.2f} |" for name, value in middle.items()),
+        "",
+        f"Digests take {digests:.1%} of a save; loading, every byte checked, goes at {size / middle['load']:.1f} GB/s.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where to write; by default the system's temporary folder")
+    parser.add_argument("--repeats", type=int, default=5)
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
+        found = measure(Path(folder), flags.repeats)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    put_between(PAGE, "<!-- figures -->", table(found), "<!-- end of figures -->")
+
+
+if __name__ == "__main__":
+    main()
