@@ -97,11 +97,11 @@ class Saver:
         folder = self._job.run.checkpoints / name
         self._about = self._job.state.step, name, undo
         if last or not self._job.watching.async_save:
-            self._try(lambda: self._work(folder)(), then)
+            self._try(lambda: self._work(folder, copied=False)(), then)
             return folder if self._is_settled(last=last) else None
         try:
-            work = self._work(folder)
-        except OSError as error:
+            work = self._work(folder, copied=True)
+        except (OSError, MemoryError, RuntimeError) as error:
             self._failure = error
             return folder if self._is_settled() else None
         self._thread = Thread(target=self._try, args=(work, then), daemon=True)  # a second signal does not wait for it
@@ -119,7 +119,7 @@ class Saver:
             self._thread = None
             self._is_settled()
 
-    def _work(self, folder: Path) -> Act:
+    def _work(self, folder: Path, *, copied: bool) -> Act:
         """What writes the weights as they are now; another name for those just saved costs next to nothing."""
         job, state = self._job, self._job.state
         state.seconds, state.scaler, state.records = self._watch.seconds, job.scaler.state_dict(), job.run.positions()
@@ -128,7 +128,7 @@ class Saver:
             return partial(link_checkpoint, newest[1], folder, state.to_json())
         self.newest = (state.step, folder)
         weights = Weights(job.model, optimizer_tensors(job.model, job.optimizer), state.to_json())
-        if job.watching.async_save:
+        if copied:
             weights = weights.copied()
 
         def write() -> None:
