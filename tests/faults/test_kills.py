@@ -22,7 +22,7 @@ from seedbed.errors import SeedbedError
 from seedbed.train import forecast
 from seedbed.train.run import run_training
 from tests.faults.injection import forked, many, start
-from tests.runs.conftest import TINY, read_metrics, read_state, same_weights
+from tests.runs.conftest import TINY, same_run
 
 OPTIONS: dict[str, Any] = {
     **TINY,
@@ -69,14 +69,6 @@ def straight(sitting: Sitting, tmp_path: Path) -> tuple[Path, float]:
     return tmp_path / "straight", time.monotonic() - began
 
 
-def require_same(run: Path, straight: Path) -> None:
-    assert same_weights(run / "checkpoints/final", straight / "checkpoints/final")
-    assert same_weights(run / "checkpoints/best", straight / "checkpoints/best")
-    assert read_state(run / "checkpoints/final") == read_state(straight / "checkpoints/final")
-    assert read_metrics(run) == read_metrics(straight)
-    assert (run / "samples.jsonl").read_bytes() == (straight / "samples.jsonl").read_bytes()
-
-
 def interrupt(sit: Callable[[], int], with_signal: signal.Signals, after: float) -> int:
     """Exit code of a sitting that gets a signal after so many seconds, if it is still there."""
     pid = start(sit)
@@ -110,7 +102,7 @@ def test_killed_at_random(sitting: Sitting, straight: tuple[Path, float], tmp_pa
     while kills < many(60):
         run = tmp_path / f"killed-{number}"
         kills += kill_until_done(run, sitting, seconds, choose)
-        require_same(run, untouched)
+        same_run(run, untouched)
         number += 1
 
 
@@ -130,7 +122,7 @@ def test_killed_in_slow_saves(
     while kills < many(40):
         run = tmp_path / f"killed-{number}"
         kills += kill_until_done(run, partial(sitting, async_save=beside), 2 * seconds, choose)
-        require_same(run, untouched)
+        same_run(run, untouched)
         number += 1
 
 
@@ -147,7 +139,7 @@ def test_killed_while_it_starts_and_reads_its_text(
     )
     assert kills == many(30)
     assert forked(partial(sitting, run)) == 0
-    require_same(run, untouched)
+    same_run(run, untouched)
 
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
@@ -157,20 +149,21 @@ def test_signals_at_any_moment_are_saved_and_go_on(
     sitting: Sitting, straight: tuple[Path, float], tmp_path: Path
 ) -> None:
     untouched, seconds = straight
-    choose, met = random.Random(3), set()
-    for number in range(many(12)):
-        run, code = tmp_path / f"signalled-{number}", -1
+    choose, struck, number = random.Random(3), 0, 0
+    while struck < many(60):
+        run = tmp_path / f"signalled-{number}"
         for _ in range(8):
             chosen = choose.choice(list(CODES))
-            code = interrupt(partial(sitting, run), chosen, choose.uniform(0.1, 1.0) * seconds)
-            assert code in (0, CODES[chosen]), code
-            met.add(code)
+            code = interrupt(partial(sitting, run), chosen, choose.uniform(0.25, 0.9) * seconds)
             if code == 0:
                 break
-        if code != 0:
+            assert code == CODES[chosen]
+            struck += 1
+        else:
             assert forked(partial(sitting, run)) == 0
-        require_same(run, untouched)
-    assert len(met & {143, 130, 129}) >= 2
+        same_run(run, untouched)
+        number += 1
+        assert number < 100, "the signals come too late"
 
 
 @pytest.mark.parametrize("starts", [2, 8])
@@ -185,5 +178,5 @@ def test_one_of_several_starts_wins(sitting: Sitting, tmp_path: Path, starts: in
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         assert codes.count(0) >= 1 and set(codes) <= {0, 5}
         lost += codes.count(5)
-        require_same(run, tmp_path / "straight")
+        same_run(run, tmp_path / "straight")
     assert lost >= many(25) * (starts - 1) // 2

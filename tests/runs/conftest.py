@@ -18,6 +18,7 @@ from rich.console import Console
 
 from seedbed.config import FLAGS, Config, Layer, resolve
 from seedbed.data.python_docs import python_docs
+from seedbed.runs.folder import read_records
 from seedbed.train import run as running
 from seedbed.train.loop import Outcome
 from seedbed.train.progress import Display
@@ -84,6 +85,20 @@ def same_weights(a: Path, b: Path) -> bool:
     """Whether two checkpoints hold the same bytes of weights and of optimizer."""
     files = ("model.safetensors", "seedbed/optimizer.safetensors")
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in files)
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Require that two finished runs hold the same in everything but the time they took."""
+    assert same_weights(a / "checkpoints/final", b / "checkpoints/final")
+    assert same_weights(a / "checkpoints/best", b / "checkpoints/best")
+    assert read_state(a / "checkpoints/final") == read_state(b / "checkpoints/final")
+    assert read_metrics(a) == read_metrics(b)
+    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of a kind that a run recorded, in order."""
+    return [event for event in read_records(run / "events.jsonl") if event["event"] == kind]
 
 
 # Fine-tuning

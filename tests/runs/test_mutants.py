@@ -14,18 +14,14 @@ from safetensors.torch import load_file
 
 from seedbed.errors import RunInUseError
 from seedbed.runs import folder as folders
-from seedbed.runs.folder import RunFolder, read_records
+from seedbed.runs.folder import RunFolder
 from seedbed.train import loop, saving, step
 from seedbed.train.guard import Guard
 from seedbed.train.job import Job
-from tests.runs.conftest import RunIt, read_metrics
+from tests.runs.conftest import RunIt, events, read_metrics
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read_records(run / "events.jsonl") if event["event"] == kind]
 
 
 def test_without_the_guard_bad_numbers_reach_the_weights(

@@ -13,20 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from seedbed.errors import DivergedError, OutOfMemoryError
-from seedbed.runs.folder import read_records
 from seedbed.train import loop, step
 from seedbed.train.forecast import Forecast
 from seedbed.train.job import Job
 from seedbed.train.measure import held_out_loss
 from seedbed.train.recovery import LOWERED, MOST_ROLLBACKS
-from tests.runs.conftest import RunIt, read_metrics, read_state, same_weights
+from tests.runs.conftest import RunIt, events, read_metrics, read_state, same_weights
 
 OPTIONS: dict[str, Any] = {"max_steps": 60, "eval_every": 20, "save_every": 10, "learning_rate": 3e-3, "dropout": 0.1}
 MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes")
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read_records(run / "events.jsonl") if event["event"] == kind]
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[Job], bool], factor: float) -> None:

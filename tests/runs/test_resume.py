@@ -16,7 +16,7 @@ import pytest
 
 from seedbed.errors import CheckpointError, ConfigError
 from seedbed.train.resume import AlreadyFinished, open_run
-from tests.runs.conftest import RunIt, read_metrics, read_state, same_weights
+from tests.runs.conftest import RunIt, read_metrics, same_run
 
 # Dropout, two micro-batches a step, validations inside and at the end of epochs, patience that counts.
 OPTIONS: dict[str, Any] = {
@@ -30,14 +30,6 @@ OPTIONS: dict[str, Any] = {
     "early_stopping_patience": 1,
     "learning_rate": 1e-3,
 }
-
-
-def same_run(a: Path, b: Path) -> None:
-    assert same_weights(a / "checkpoints/final", b / "checkpoints/final")
-    assert same_weights(a / "checkpoints/best", b / "checkpoints/best")
-    assert read_state(a / "checkpoints/final") == read_state(b / "checkpoints/final")
-    assert read_metrics(a) == read_metrics(b)
-    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from seedbed.runs.folder import read_records
 from seedbed.train import loop
 from seedbed.train.job import Job
 from seedbed.train.spikes import RecentLosses
 from seedbed.train.step import StepResult, take_step
-from tests.runs.conftest import RunIt, read_metrics
-
-
-def spikes(run: Path) -> list[dict[str, Any]]:
-    return [event for event in read_records(run / "events.jsonl") if event["event"] == "loss_spike"]
+from tests.runs.conftest import RunIt, events, read_metrics
 
 
 def test_a_jump_is_seen_once_and_noise_is_not() -> None:
@@ -48,7 +42,7 @@ def test_strange_rows_are_named(run_it: RunIt, small_text_file: Path, tmp_path: 
     poisoned.write_text(small_text_file.read_text() + "\n\n" + strange)
     options = {"data": str(poisoned), "val_split": 0.0, "tokenizer": "char", "vocab_size": None}
     run_it(tmp_path / "a", epochs=1, learning_rate=3e-3, **options)
-    found = spikes(tmp_path / "a")
+    found = events(tmp_path / "a", "loss_spike")
     assert found
     for event in found:
         worst = event["worst_rows"][0]
@@ -70,7 +64,7 @@ def test_broken_weights_are_bad_everywhere(run_it: RunIt, tmp_path: Path, monkey
 
     monkeypatch.setattr(loop, "take_step", breaking)
     run_it(tmp_path / "a", max_steps=40, batch_size=8, precision="bf16")
-    [event] = spikes(tmp_path / "a")
+    [event] = events(tmp_path / "a", "loss_spike")
     assert event["step"] == 31
     assert event["again_loss"] > 1.1 * event["usual"]
     assert event["float32_loss"] == pytest.approx(event["again_loss"], rel=0.02)
@@ -82,5 +76,5 @@ def test_looking_at_a_spike_changes_nothing(run_it: RunIt, tmp_path: Path, monke
     monkeypatch.setattr("seedbed.train.spikes.DEVIATIONS", -100.0)
     monkeypatch.setattr("seedbed.train.spikes.LEAST_RISE", -1.0)
     run_it(tmp_path / "b", max_steps=30, dropout=0.1)
-    assert spikes(tmp_path / "b")
+    assert events(tmp_path / "b", "loss_spike")
     assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b")

@@ -19,7 +19,7 @@ from seedbed.runs import folder as records
 from seedbed.runs.folder import RunFolder, read_records
 from seedbed.train import loop, saving
 from seedbed.train.step import take_step
-from tests.runs.conftest import RunIt, read_metrics, same_weights
+from tests.runs.conftest import RunIt, events, read_metrics, same_weights
 
 OPTIONS: dict[str, Any] = {"max_steps": 20, "eval_every": 10, "save_every": 2, "keep_checkpoints": 0}
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -43,10 +43,6 @@ class Refusing:
             self.refused += 1
             raise self._error
         return self._real(*args, **kwargs)
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read_records(run / "events.jsonl") if event["event"] == kind]
 
 
 def test_an_error_that_passes_is_not_noticed(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
