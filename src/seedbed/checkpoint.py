@@ -98,7 +98,7 @@ def damage(folder: Path) -> list[str]:
         CheckpointError: it has no readable manifest to check against.
     """
     try:
-        files = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = _manifest_entries(folder)
         expected = [(_inside(name), int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
     except FileNotFoundError:
         raise CheckpointError(

@@ -69,6 +69,12 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     return torch.autocast(device.type, dtype=_DTYPES[precision])
 
 
+def product_type(tensor: torch.Tensor) -> torch.dtype:
+    """In which products with `tensor` are made: the type of autocast where it is on, else its own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 def envelope(device: torch.device) -> dict[str, str | int]:
     """What the last bits of a step depend on beside weights, text and options."""
     if device.type != "cpu":

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from seedbed.device import product_type
+
 IGNORE: Final = -100  # the label of a token that is not predicted
 # The most tokens, and bytes of float32 logits, in one chunk. Short ones also keep sums over tokens inside the range
 # of float16.
@@ -167,11 +169,10 @@ def _divergences(new: Iterator[_Chunk], old: Iterator[_Chunk], sums: torch.dtype
 
 def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[_Chunk]:
     """One after another in the same memory."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = product_type(weight)
     kept = (labels != IGNORE).nonzero().squeeze(1)  # (N',)
     everything = len(kept) == len(labels)
-    size = chunk_tokens(weight.shape[0], device)
+    size = chunk_tokens(weight.shape[0], weight.device.type)
     weight = weight.to(dtype)  # once, not once a chunk
     memory = weight.new_empty(min(size, len(kept)), len(weight))  # (n, V)
     for start in range(0, len(kept), size):

@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from seedbed.device import product_type
 from seedbed.model.attention import Attention, RMSNorm, Rotation, rotation
 from seedbed.model.config import DecoderConfig
 from seedbed.model.linear import Embedding, Linear, activated
@@ -190,8 +191,7 @@ def swiglu(gate: Tensor, x: Tensor) -> Tensor:
 
 def for_products(x: Tensor) -> Tensor:
     """In the type of autocast, once for all layers that read it."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return x.to(product_type(x))
 
 
 def make_norm(config: DecoderConfig) -> nn.Module:

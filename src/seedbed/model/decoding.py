@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from seedbed.device import product_type
 from seedbed.model.attention import RMSNorm, rotation
 from seedbed.model.decoder import AdaptedLinear, Block, Decoder, GeluMLP
 
@@ -44,7 +45,7 @@ class DecodingModel:
 
     @torch.inference_mode()
     def __init__(self, model: Decoder, dtype: torch.dtype | None = None) -> None:
-        dtype = dtype or _product_type(model)
+        dtype = dtype or product_type(model.embed_tokens.weight)
         head = model.embed_tokens.weight if model.lm_head is None else _weight(model.lm_head)
         self._model, self._config, self._dtype = model, model.config, dtype
         self._device = model.embed_tokens.weight.device
@@ -170,12 +171,6 @@ class _DecodingBlock:
             gate, h = h.chunk(2, -1)
             h = F.silu(gate) * h
         return x + self._down(h)
-
-
-def _product_type(model: Decoder) -> torch.dtype:
-    weight = model.embed_tokens.weight
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _rounded(length: int) -> int:

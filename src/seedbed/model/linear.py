@@ -13,6 +13,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from seedbed.device import product_type
+
 Activation = Callable[..., Tensor]
 
 
@@ -34,8 +36,7 @@ class Linear(nn.Linear):
 
     def after(self, activation: Activation | None, *inputs: Tensor) -> Tensor:
         """The layer on `activation(*inputs)`, (..., I), which is not kept either."""
-        device = self.weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        dtype = product_type(self.weight)
         casts = dtype != self.weight.dtype
         # The compiler decides by itself what to keep.
         if torch.compiler.is_compiling() or not (self.weight.requires_grad and (casts or activation)):

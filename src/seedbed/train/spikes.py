@@ -87,7 +87,7 @@ def look_at_spike(job: Job, step: int) -> dict[str, Any]:
     A few rows that hold most of the loss are unusual data; rows that are all bad are broken weights; a loss that is
     lower in float32 is the precision's.
     """
-    first = step % job.steps_per_epoch * job.rows_per_step
+    first, _ = job.rows_of(step)
     rows = measured_rows(job, step, job.precision)
     nats, places = sum(row.nats for row in rows), sum(len(row.input_ids) for row in rows)
     worst = sorted(rows, key=lambda row: -row.loss)[:ROWS_NAMED]
