@@ -50,7 +50,7 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
     where = folder / "checkpoint"
     for _ in range(repeats):
         rows["save"].append(seconds(lambda: save_checkpoint(where, model, tokenizer, optimizer, {})))
-        rows["load"].append(seconds(lambda: (load_model(where), read_optimizer(where))))
+        rows["load"].append(seconds(lambda: (load_model(where), dict(read_optimizer(where)))))
         with mock.patch.object(checkpoint, "_sha256", lambda _path: "0" * 64):
             rows["save without digests"].append(
                 seconds(lambda: save_checkpoint(where, model, tokenizer, optimizer, {}))

@@ -3,7 +3,8 @@
     NAME/config.json, model.safetensors, generation_config.json, tokenizer.json, ...
     NAME/adapter_config.json, adapter_model.safetensors instead of the model's, where an adapter was trained
     NAME/seedbed/state.json             step, tokens, best value, patience, seconds used, ...
-    NAME/seedbed/optimizer.safetensors  the optimizer's tensors by parameter name
+    NAME/seedbed/optimizer.safetensors  the optimizer's tensors by parameter name; of processes that share a model
+                                        optimizer-00001-of-00004.safetensors and so on, one below the other
     NAME/seedbed/manifest.json          size and SHA-256 of every other file; written last
 
 A checkpoint is made in a hidden folder, flushed to the disk and renamed into place, so a folder with
@@ -16,17 +17,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from seedbed import distributed
 from seedbed.adapter import CONFIG_FILE as ADAPTER_FILE
 from seedbed.adapter import base_name, load_adapter, save_adapter
 from seedbed.device import pick_device
@@ -47,13 +50,13 @@ def save_checkpoint(
     folder: Path,
     model: Decoder,
     tokenizer: Tokenizer,
-    optimizer: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor] | None,
     state: Mapping[str, Any],
     companions: Path | None = None,
 ) -> None:
     """Write a checkpoint to `folder`, replacing one that is there only once the new one is whole.
 
-    The files below `companions` go along in `seedbed/`.
+    The files below `companions` go along in `seedbed/`; without an `optimizer` its parts are among them.
 
     Raises:
         StorageError: the disk is full or refuses; `folder` is as it was before.
@@ -65,7 +68,8 @@ def save_checkpoint(
         else:
             save_adapter(model, temporary)
         tokenizer.save(temporary)
-        save_file(dict(optimizer), temporary / OPTIMIZER)
+        if optimizer is not None:
+            save_file(dict(optimizer), temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(state, indent=2, allow_nan=False), encoding="utf-8")
         _add_companions(temporary, companions)
         _seal(temporary)
@@ -187,7 +191,7 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenize
         model = load_decoder(folder)
     tokenizer = Tokenizer.load(tokenizer_folder(folder))
     require_match(model.config, tokenizer, str(folder))
-    return model.to(pick_device(device)).eval(), tokenizer
+    return (model if distributed.without_weights() else model.to(pick_device(device))).eval(), tokenizer
 
 
 def tokenizer_folder(folder: Path) -> Path:
@@ -255,16 +259,52 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def read_optimizer(folder: Path) -> dict[str, Tensor]:
-    """The optimizer's tensors kept with a checkpoint.
+def save_optimizer_part(folder: Path, optimizer: Mapping[str, Tensor], rank: int, size: int) -> None:
+    """Write what process `rank` of `size` has of the optimizer's tensors, some rows of each, into a new folder.
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
+    path = folder / f"optimizer-{rank + 1:05}-of-{size:05}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, path)
+    except (OSError, SafetensorError) as error:
+        raise _storage_error(folder, error) from error
+
+
+def read_optimizer(folder: Path) -> Mapping[str, Tensor]:
+    """The optimizer's tensors kept with a checkpoint, each read when it is asked for.
 
     Raises:
         CheckpointError: missing or unreadable.
     """
+    paths = sorted(folder.glob("seedbed/optimizer*.safetensors"))
+    if not paths:
+        raise CheckpointError(f"{folder}: there is no {OPTIMIZER}: training cannot go on from it")
     try:
-        return load_file(folder / OPTIMIZER)
+        return _Parts([safe_open(path, framework="pt") for path in paths])
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: {OPTIMIZER} is not readable: {error}") from None
+
+
+class _Parts(Mapping[str, Tensor]):
+    """Tensors of several files, which have some rows each; what has no rows is in the first file only."""
+
+    def __init__(self, files: Sequence[Any]) -> None:
+        self._files = [(file, frozenset(file.keys())) for file in files]
+
+    def __getitem__(self, name: str) -> Tensor:
+        rows = [file.get_tensor(name) for file, names in self._files if name in names]
+        if not rows:
+            raise KeyError(name)
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(frozenset().union(*(names for _, names in self._files))))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
 def remove_leftovers(checkpoints: Path) -> None:

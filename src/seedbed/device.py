@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from seedbed import distributed
 from seedbed.errors import ConfigError
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -78,7 +79,7 @@ def product_type(tensor: torch.Tensor) -> torch.dtype:
 def envelope(device: torch.device) -> dict[str, str | int]:
     """What the last bits of a step depend on beside weights, text and options."""
     if device.type != "cpu":
-        return {"torch": torch.__version__, "device": describe(device)}
+        return {"torch": torch.__version__, "device": describe(device), "processes": distributed.size()}
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").lower()
     instructions = torch.backends.cpu.get_cpu_capability()
     amx = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
@@ -86,6 +87,7 @@ def envelope(device: torch.device) -> dict[str, str | int]:
         "torch": torch.__version__,
         "device": platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": distributed.size(),
         "instructions": f"{instructions}{amx}{f' limited to {limit}' if limit else ''}",
     }
 

@@ -9,7 +9,8 @@
     ├── DivergedError      6   the numbers went bad and stayed bad
     ├── OutOfMemoryError   7   not even one sequence fits
     ├── StorageError       8   the disk is full or refuses to write
-    └── JudgeError         2   a judge that cannot be reached, refuses, or is not understood
+    ├── JudgeError         2   a judge that cannot be reached, refuses, or is not understood
+    └── LostProcessError   1   another of the processes that train together failed; its exit code where it is known
 
 A message names what, where, what was expected, and the remedy. Mistakes of ours are `assert`s.
 """
@@ -24,6 +25,8 @@ class SeedbedError(Exception):
     """A problem the user can act on; the message is shown as it is, without a traceback."""
 
     exit_code = 1
+    told: bool | None = None
+    """Whether another process that trains with this one shows it; None where each of them comes upon it."""
 
 
 class ConfigError(SeedbedError):
@@ -87,6 +90,10 @@ class JudgeError(SeedbedError):
     """The judge cannot be reached, refuses, or gave no reply that could be used; what it did reply is kept."""
 
     exit_code = 2
+
+
+class LostProcessError(SeedbedError):
+    """Another of the processes that train together failed, died or no longer answers."""
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

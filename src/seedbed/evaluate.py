@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from seedbed import distributed
 from seedbed.data.conversations import from_document
 from seedbed.data.store import split_long
 from seedbed.errors import ConfigError, DataError
@@ -113,7 +114,8 @@ def evaluate(
     windows (see `windows`), and no context goes from one window or document to the next. A conversation is one
     window; of a longer one the beginning counts.
 
-    Memory holds one document's tokens and a few batches, never the logits of a batch. Sums are in float64.
+    Memory holds one document's tokens and a few batches, never the logits of a batch. Sums are in float64. Of several
+    processes, each scores some of the batches.
 
     Args:
         model: in its own type; its training mode is restored.
@@ -140,11 +142,13 @@ def evaluate(
     else:
         every = _conversations(template, documents, max_seq_len, count)
     with evaluation_mode(model):
-        for batch in _batches(every, batch_size):
-            nats += _score(model, batch)
+        for number, batch in enumerate(_batches(every, batch_size)):
+            if number % distributed.size() == distributed.rank():
+                nats += _score(model, batch)
             tokens += sum(int(scored.sum()) for _, scored in batch)
             if progress:
                 progress(tokens)
+    nats = distributed.total(nats)
     if not tokens:
         raise DataError(
             f"There is nothing to predict: of {count.documents:,} documents none has two tokens. Give a longer text."

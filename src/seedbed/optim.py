@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from seedbed.config import TrainingOptions
 from seedbed.errors import ConfigError
 from seedbed.lowbit import DEVICES, import_bitsandbytes
+from seedbed.parallel import like, own_part
 
 _MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
 """Adam's two moments, and the numbers they have in bitsandbytes."""
@@ -140,7 +141,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors: `PARAMETER/exp_avg`, `PARAMETER/step`, ...
+    """The optimizer's state as named tensors, of each what this process has: `PARAMETER/exp_avg`, `PARAMETER/step`, ...
 
     A moment in 8 bits is two: `PARAMETER/exp_avg.codes` in the parameter's shape, `PARAMETER/exp_avg.scales` with
     one number for each 256 codes.
@@ -149,7 +150,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     if _is_8bit(optimizer):
         states = {name: _from_bitsandbytes(state) for name, state in states.items() if state}
     return {
-        f"{name}/{key}": value
+        f"{name}/{key}": own_part(value)
         for name, state in states.items()
         for key, value in state.items()
         if isinstance(value, Tensor)
@@ -157,7 +158,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, on each parameter's device.
+    """Put back what `optimizer_tensors` gave, the parts of all processes together, on each parameter's device.
 
     Raises:
         ConfigError: it is the state of another optimizer.
@@ -166,7 +167,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
     states: dict[str, dict[str, Tensor]] = {}
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
-        states.setdefault(name, {})[key] = value.to(parameters[name].device)
+        states.setdefault(name, {})[key] = like(value, parameters[name])
     for name, state in states.items():
         expected = _state_keys(optimizer, parameters[name])
         if state.keys() != expected:

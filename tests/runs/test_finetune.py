@@ -260,6 +260,7 @@ def test_the_model_is_asked_the_first_question_that_fits(
     rows = [{"question": f"{i} {long}" if i != 3 else "How many?", "answer": "Five."} for i in range(5)]
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     job = build(tmp_path / "run", tmp_path / "rows.json", pretrained("llama"), max_seq_len=32, val_split=0)
+    assert job.sample
     assert job.sample.shown == "How many?"
     assert not isinstance(job.sample.given, str)
     assert job.tokenizer.decode(job.sample.given) == "QUESTION: How many?\nANSWER:"

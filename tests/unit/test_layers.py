@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "findings", "parsing"},
     {"config"},
     {"runs", "text", "schedule"},
-    {"sampling", "loss", "optim", "device", "data", "model", "lora", "lowbit", "freeze"},
+    {"sampling", "loss", "optim", "device", "data", "model", "lora", "lowbit", "freeze", "distributed", "parallel"},
     {"checkpoint", "evaluate", "generate", "adapter", "export"},
     {"train", "judge", "sweep"},
     {"api"},

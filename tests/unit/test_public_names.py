@@ -81,6 +81,7 @@ def test_every_error_is_a_seedbed_error_with_its_exit_code() -> None:
         "OutOfMemoryError": 7,
         "StorageError": 8,
         "JudgeError": 2,
+        "LostProcessError": 1,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -72,9 +73,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         code = cli.main(arguments, prog_name="seedbed", standalone_mode=False)
     except SeedbedError as error:
-        lines = str(error).splitlines()
-        for line in lines:
-            click.echo(f"error: {line}", err=True)
+        _show(error)
         return error.exit_code
     except click.exceptions.Abort:
         return 130
@@ -86,3 +85,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     return code if isinstance(code, int) else 0
+
+
+def _show(error: SeedbedError) -> None:
+    """Once, of the processes that torchrun started together."""
+    beside = int(os.environ.get("RANK", "0")) > 0
+    if beside if error.told is None else error.told:
+        return
+    for line in str(error).splitlines():
+        click.echo(f"error: {line}", err=True)

@@ -81,17 +81,23 @@ def evaluate(
     """Loss, perplexities and bits per byte of a model on text, or on the answers of conversations."""
     refuse_unknown(ctx)
     model = at_domain(model, domain)
+    from seedbed import distributed
     from seedbed.checkpoint import load_model
     from seedbed.data import open_whole
+    from seedbed.device import pick_device
 
-    if data:
-        source = open_whole(data, text_column=text_column, document=document, split=split, format=form)
-        documents, kind = source.documents(), source.format
-    else:
-        documents, kind = held_out_documents(model)
-    decoder, tokenizer = load_model(model, device)
-    template = None if kind == "text" else find_template(tokenizer, chat_template, kind)
-    result = _measure(decoder, tokenizer, documents, make_console(as_json), template, max_seq_len, stride, batch_size)
+    with distributed.joined():
+        if data:
+            source = open_whole(data, text_column=text_column, document=document, split=split, format=form)
+            documents, kind = source.documents(), source.format
+        else:
+            documents, kind = held_out_documents(model)
+        decoder, tokenizer = load_model(model, str(distributed.local_device(pick_device(device))))
+        template = None if kind == "text" else find_template(tokenizer, chat_template, kind)
+        console = make_console(as_json) if distributed.is_first() else Console(quiet=True)
+        result = _measure(decoder, tokenizer, documents, console, template, max_seq_len, stride, batch_size)
+        if not distributed.is_first():
+            return
     facts = result.to_json(model, data or f"held out by {model}")
     if as_json:
         print_json(facts)

@@ -86,6 +86,14 @@ def _plan(regime: str, ctx: click.Context, as_json: bool, memory_limit: str | No
     return 2 if any(finding["level"] in fatal for finding in facts["findings"]) else 0
 
 
+def _print_ways(processes: int, ways: dict[str, Any]) -> None:
+    click.echo(f"\nOne of {processes:,} processes")
+    for name, way in ways.items():
+        speeds = ", ".join(f"{share:.0%} with {link}" for link, share in way["efficiency"].items())
+        click.echo(f"  {name}: {way['memory_mb']:,.0f} MB, sends {way['communication_mb']:,.0f} MB a step")
+        click.echo(f"        keeps of its speed: {speeds}")
+
+
 def _print_plan(facts: dict[str, Any], vocabulary_assumed: bool) -> None:
     from seedbed.train.progress import duration
 
@@ -115,6 +123,8 @@ def _print_plan(facts: dict[str, Any], vocabulary_assumed: bool) -> None:
     if facts["flops"] is not None:
         rows["Arithmetic"] = f"{facts['flops']:.3g} FLOPs"
     print_facts(rows)
+    if "parallel" in facts:
+        _print_ways(facts["processes"], facts["parallel"])
     if "fitting" in facts:
         click.echo(f"\n{facts['fitting']}")
     for finding in facts["findings"]:

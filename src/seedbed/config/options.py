@@ -198,7 +198,17 @@ class TrainingOptions(Section):
         12.0, description="Save and stop when the hours run out, earlier sittings counted; exit code 75."
     )
     batch_size: Positive = Field(8, description="Sequences in one micro-batch.")
-    grad_accumulation: Positive = Field(1, description="Micro-batches in one step.")
+    grad_accumulation: Positive = Field(1, description="Micro-batches in one step, of each process.")
+    processes: Positive | None = Field(
+        None,
+        description="Processes whose micro-batches make one step; by default as many as torchrun starts. Where there "
+        "are fewer or more, the step stays the same and they share it.",
+    )
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="How several processes share the model: ddp keeps it whole in each, fsdp a part in each; auto "
+        "takes ddp where a GPU has room for it.",
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(description="Peak learning rate.")
     min_lr: Annotated[float, Field(ge=0)] = Field(description="Learning rate at the end of the schedule.")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="Steps of linear warm-up.")
@@ -228,6 +238,11 @@ class TrainingOptions(Section):
     compile: bool = Field(False, description="torch.compile the decoder (needs a C++ compiler on a CPU).")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="Weights, data order and dropout.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+
+    @property
+    def rows_per_step(self) -> int:
+        """Sequences that one update learns from, in all processes."""
+        return self.batch_size * self.grad_accumulation * (self.processes or 1)
 
 
 class WatchOptions(Section):
@@ -372,6 +387,7 @@ FREE_TO_CHANGE = frozenset(
         "tensorboard",
         "report",
         "device",
+        "parallel",
         "strict",
         "allow",
     ]

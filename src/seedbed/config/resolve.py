@@ -332,6 +332,8 @@ def _contradictions(config: Config) -> Iterable[str]:
         for name in ("beta2", "epsilon"):
             if sources[name] == FLAGS:
                 yield f"{say(name)} has no meaning with --optimizer sgd; leave it out"
+    if training.parallel == "fsdp":
+        yield from _contradictions_of_sharding(config, say)
     if config.regime == "scratch":
         return
     if not config.model.model and not config.watching.resume_from:
@@ -351,6 +353,19 @@ def _contradictions(config: Config) -> Iterable[str]:
         yield f"{say('freeze')} contradicts --lora, which freezes everything but its adapters; choose --lora_targets"
     if adapt.add_tokens and not adapt.lora_embeddings:
         yield f"{say('add_tokens')}: new tokens learn nothing while the embeddings are frozen; add --lora_embeddings"
+
+
+def _contradictions_of_sharding(config: Config, say: Callable[[str], str]) -> Iterable[str]:
+    """What needs whole weights in every process."""
+    training, adapt = config.training, config.adapt
+    if training.optimizer in ("muon", "adamw8bit"):
+        yield f"{say('optimizer')} needs whole weights, and --parallel fsdp spreads them; choose adamw, or ddp"
+    if training.precision == "fp16":
+        yield f"{say('precision')} has no loss scaling under --parallel fsdp; choose bf16 or fp32, or ddp"
+    if adapt.base_precision == "nf4":
+        yield f"{say('base_precision')} needs whole weights, and --parallel fsdp spreads them; leave one of them out"
+    if config.continues:
+        yield f"{say('parallel')}: what holds a model to what it knew needs whole weights; choose ddp"
 
 
 def _contradictions_of_keeping(config: Config, say: Callable[[str], str]) -> Iterable[str]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from seedbed import distributed
 from seedbed.errors import CheckpointError, StorageError
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder
@@ -41,6 +42,8 @@ def load_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     config = read_config(folder)
     with torch.device("meta"):
         model = Decoder(config)
+    if distributed.without_weights():
+        return model.eval()
     tensors = _read_tensors(folder, config)
     state = _from_hf(tensors, config, model.state_dict(), folder)
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)

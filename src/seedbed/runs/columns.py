@@ -126,8 +126,8 @@ def _keeping(run: RunInfo) -> str:
 
 
 def _batch(run: RunInfo) -> str | None:
-    batch, times = run.options.get("batch_size"), run.options.get("grad_accumulation")
-    return None if batch is None else f"{batch} x {times}" if times not in (None, 1) else str(batch)
+    batch, *times = (run.options.get(name) for name in ("batch_size", "grad_accumulation", "processes"))
+    return None if batch is None else " x ".join(map(str, [batch, *(n for n in times if n not in (None, 1))]))
 
 
 def _warmup(run: RunInfo) -> Any:
@@ -228,7 +228,7 @@ COLUMNS: dict[str, Column] = {
             _method,
             least=12,
         ),
-        Column("batch", "batch", "`--batch_size`, times `--grad_accumulation`.", _batch, least=8),
+        Column("batch", "batch", "`--batch_size`, times `--grad_accumulation`, times processes.", _batch, least=8),
         Column("epochs", "epochs", "`--epochs`; passes made, where steps or tokens end it.", _epochs, _number("g")),
         Column("steps", "steps", "Optimizer updates done.", _figure("steps"), _number(",")),
         Column("optimizer", "optimizer", "`--optimizer`.", _option("optimizer"), least=9),

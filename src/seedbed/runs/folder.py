@@ -127,6 +127,38 @@ class RunFolder:
             self._summary_refused = error
 
 
+class ReadOnlyRunFolder(RunFolder):
+    """A run's folder for a process beside the one that writes it: what is said to it goes nowhere."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.checkpoints = path, path / "checkpoints"
+
+    def close(self) -> None:
+        pass
+
+    def discard_if_empty(self) -> None:
+        pass
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        pass
+
+    @property
+    def unwritten(self) -> OSError | None:
+        return None
+
+    def positions(self) -> dict[str, int]:
+        return {}
+
+    def truncate(self, positions: Mapping[str, int]) -> None:
+        pass
+
+    def write_config(self, text: str) -> None:
+        pass
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        pass
+
+
 class _Records:
     """A file of lines that grows; a line that the disk takes only half of is finished before the next."""
 

@@ -77,7 +77,7 @@ def run_sweep(
         sweep = Sweep(plan, folder, children, watch, request)
         sweep.run()
     runs = tuple(how_it_ended(name, folder) for name in plan.runs)
-    if request.signal is not None:
+    if request.heard():
         watch.line(f"Stopped; the same command goes on. So far: {folder}")
         return SweepResult(folder, request.exit_code, runs)
     show_results(plan, folder, sweep.failed, console)
@@ -117,7 +117,7 @@ class Sweep:
         halving = self.plan.halving
         for rung in halving.rungs if halving else ():
             self.bring(names, rung)
-            if self.request.signal is not None:
+            if self.request.heard():
                 return
             names = self.keep_better(names, rung)
         self.bring(names, None)
@@ -126,7 +126,7 @@ class Sweep:
         """Train these runs until step `rung`, or to their ends."""
         waiting = [name for name in names if name not in self.failed]
         while waiting or self.children.going:
-            if self.request.signal is not None:
+            if self.request.heard() and self.request.signal:
                 self.children.pass_on(self.request.signal)
                 waiting.clear()
             self.start_what_can(waiting, rung)
@@ -186,7 +186,7 @@ class Sweep:
             waiting.insert(0, name)
             said = "put off"
             self.wait_for(name)
-        elif code not in ENDED_WELL and self.request.signal is None:
+        elif code not in ENDED_WELL and not self.request.heard():
             self.failed[name] = code
             ended, said = True, f"failed with exit code {code}, see {run.log}"
         self.watch.stopped(name, said, ended=ended)

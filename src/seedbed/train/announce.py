@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from seedbed import distributed
 from seedbed.config import Config, KeepOptions, TrainingOptions
 from seedbed.data import WholeRows
 from seedbed.device import describe, pick_device
@@ -47,6 +48,7 @@ def banner(display: Display, config: Config, texts: Texts, run: Path) -> None:
             "Validation": validation,
             "Batch size": training.batch_size,
             "Gradient accumulation": training.grad_accumulation,
+            **processes(training),
             "Learning rate": f"{training.learning_rate:g}",
             **how_long(training),
             "Warmup steps": warmup,
@@ -54,6 +56,15 @@ def banner(display: Display, config: Config, texts: Texts, run: Path) -> None:
             "Run folder": run,
         },
     )
+
+
+def processes(training: TrainingOptions) -> dict[str, object]:
+    """How many there are, and how they share the rows of an update."""
+    there, meant = distributed.size(), training.processes or 1
+    if there == meant == 1:
+        return {}
+    share = f"the {training.rows_per_step} rows of an update as {meant} would take them"
+    return {"Processes": there if there == meant else f"{there}, sharing {share}"}
 
 
 def how_long(training: TrainingOptions) -> dict[str, object]:

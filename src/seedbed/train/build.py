@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from seedbed import distributed
 from seedbed.checkpoint import read_optimizer, read_state
 from seedbed.config import Config
 from seedbed.data import WholeRows
@@ -18,8 +19,9 @@ from seedbed.device import envelope, pick_device, pick_precision
 from seedbed.errors import ConfigError
 from seedbed.findings import Finding, sift
 from seedbed.model.config import DecoderConfig
-from seedbed.model.decoder import Decoder
+from seedbed.model.decoder import Decoder, num_parameters
 from seedbed.optim import build_optimizer, load_optimizer_tensors
+from seedbed.parallel import Method, is_sharded, spread
 from seedbed.runs.folder import RECORD_FILES
 from seedbed.schedule import Schedule
 from seedbed.text.template import Template
@@ -27,7 +29,7 @@ from seedbed.train.announce import describe_corpus, describe_findings, describe_
 from seedbed.train.board import Board
 from seedbed.train.continual import from_earlier_model
 from seedbed.train.corpus import keep_tokenizer
-from seedbed.train.finetune import from_pretrained_weights, hold_frozen
+from seedbed.train.finetune import from_pretrained_weights, hold_frozen, planned_shape
 from seedbed.train.forecast import NAME as MEMORY
 from seedbed.train.forecast import Forecast, describe_forecast, forecast_run
 from seedbed.train.ingredients import Ingredients
@@ -36,8 +38,10 @@ from seedbed.train.length import length, make_schedule, steps_per_epoch
 from seedbed.train.plan import look_ahead, require_known_findings
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
-from seedbed.train.scratch import from_random_weights
+from seedbed.train.scratch import ASSUMED_VOCAB, decoder_config, from_random_weights
 from seedbed.train.state import TrainingState
+
+STATE_BYTES = 16  # a weight in float32, its gradient and Adam's moments
 
 
 def build_job(start: Start, display: Display) -> Job:
@@ -48,16 +52,20 @@ def build_job(start: Start, display: Display) -> Job:
     """
     require_known_findings(start.config)
     run, checkpoint = start.run, start.checkpoint
-    device = pick_device(start.config.training.device)
+    device = distributed.local_device(pick_device(start.config.training.device))
     precision = pick_precision(start.config.training.precision, device)
     config = start.config
     if config.training.precision == "auto":
         config = config.update("this machine", precision=precision)
-    made = gatherer(config)(start, config, display)
+    if config.training.processes is None:
+        config = config.update("this machine", processes=distributed.size())
+    method = pick_method(config, device)
+    with distributed.weights_in_first_only(method == "fsdp"):
+        made = gatherer(config)(start, config, display)
     config, corpus, training, watching = made.config, made.corpus, made.config.training, made.config.watching
     sample = sample_prompt(made)
 
-    model = made.model.to(device)
+    model = made.model if method == "fsdp" else made.model.to(device)
     if config.with_lora:
         hold_frozen(model, config)
     model.gradient_checkpointing = training.gradient_checkpointing
@@ -65,6 +73,7 @@ def build_job(start: Start, display: Display) -> Job:
         add_embedding_noise(model, training.neftune_alpha)
     if training.compile:
         compile_blocks(model)
+    shared = spread(model, method, device, precision)
     optimizer = build_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     state = restore(checkpoint, model, optimizer, scaler)
@@ -77,13 +86,14 @@ def build_job(start: Start, display: Display) -> Job:
         expected.require_memory()
 
     run.truncate(state.records or dict.fromkeys(RECORD_FILES, 0))
-    keep_tokenizer(made.tokenizer, run.path)
+    distributed.on_first(lambda: keep_tokenizer(made.tokenizer, run.path))
     run.write_config(config.to_yaml())
     if checkpoint is None:
         for finding in findings:
             run.event("guardrail", 0, **finding.to_json())
     return Job(
         model=model,
+        spread=shared,
         tokenizer=made.tokenizer,
         optimizer=optimizer,
         scaler=scaler,
@@ -95,12 +105,12 @@ def build_job(start: Start, display: Display) -> Job:
         training=training,
         watching=watching,
         run=run,
-        board=Board(run.path / "tensorboard" if watching.tensorboard else None, state.step),
+        board=Board(run.path / "tensorboard" if watching.tensorboard and distributed.is_first() else None, state.step),
         state=state,
         epochs=epochs,
         total_steps=total_steps,
         parent=start.config.parent or start.parent or (None if config.regime == "scratch" else config.model.model),
-        sample=sample,
+        sample=None if is_sharded(model) else sample,
         keeping=made.keeping,
         facts={
             "shape": facts_of_shape(model.config),
@@ -108,6 +118,28 @@ def build_job(start: Start, display: Display) -> Job:
             "forecast": expected.to_summary(),
         },
     )
+
+
+def pick_method(config: Config, device: torch.device) -> Method:
+    """How the processes share the model; for `auto` whole, unless its training state fills more than half a GPU.
+
+    Raises:
+        ConfigError: what several processes cannot do yet.
+    """
+    if distributed.size() == 1:
+        return "ddp"
+    if config.continues:
+        raise ConfigError("seedbed continue learns in one process; start it without torchrun")
+    if config.watching.async_save:
+        raise ConfigError("--async_save is for one process; leave it out, or start without torchrun")
+    if config.training.parallel != "auto":
+        return config.training.parallel
+    if device.type != "cuda" or config.with_lora or config.training.optimizer != "adamw":
+        return "ddp"
+    scratch = config.regime == "scratch"
+    shape = decoder_config(config.model, config.data, ASSUMED_VOCAB) if scratch else planned_shape(config.model.model)
+    fits = STATE_BYTES * num_parameters(shape) < torch.cuda.get_device_properties(device).total_memory / 2
+    return "ddp" if fits else "fsdp"
 
 
 def tell_of_other_bits(display: Display, state: TrainingState, now: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from seedbed import distributed
 from seedbed.config import TRAINED_HERE, DataOptions, TextOptions
 from seedbed.data import PackedRows, Reading, Source, Store, WholeRows, from_texts, held_out, open_source, open_store
 from seedbed.data.augment import augmented
@@ -151,9 +153,20 @@ def require_a_row(texts: Texts, max_seq_len: int) -> None:
 def make_tokenizer(options: DataOptions, texts: Texts, display: Display) -> Tokenizer:
     """Load the tokenizer that was named, or train one on the training documents."""
     assert options.tokenizer is not None
-    if options.tokenizer in TRAINED_HERE:
-        return train_tokenizer(options.tokenizer, options.vocab_size, texts, display)
-    return Tokenizer.load(options.tokenizer)
+    kind = options.tokenizer
+    if kind not in TRAINED_HERE:
+        return Tokenizer.load(kind)
+    if distributed.size() == 1:
+        return train_tokenizer(kind, options.vocab_size, texts, display)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def train() -> dict[str, str]:
+            train_tokenizer(kind, options.vocab_size, texts, display).save(folder)
+            return {path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir()}
+
+        for name, content in distributed.on_first(train).items():
+            (Path(folder) / name).write_text(content, encoding="utf-8")
+        return Tokenizer.load(folder)
 
 
 def train_tokenizer(kind: str, vocab_size: int | None, texts: Texts, display: Display) -> Tokenizer:
@@ -224,7 +237,7 @@ def _rows(store: Store, documents: NDArray[np.int64], options: DataOptions, seed
 
 
 def _store(source: Source, reading: Reading, display: Display) -> Store:
-    with display.counting(f"Tokenizing {source.name}") as progress:
+    with distributed.one_a_node_first(), display.counting(f"Tokenizing {source.name}") as progress:
         return open_store(source, reading, progress=progress)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from seedbed import distributed
 from seedbed.adapter import load_adapter
 from seedbed.checkpoint import find_base, find_model, load_model, require_match, tokenizer_folder
 from seedbed.config import AdaptOptions, Config, preset_names, read_preset
@@ -167,7 +168,8 @@ def _adapted_model(start: Start, made: Prepared, folder: Path) -> Decoder:
             f"seedbed export --model {name} --merge --output FOLDER"
         )
     model, _ = load_model(folder)
-    model.base = Base(str(folder.resolve()) if Path(name).exists() else name, weights_fingerprint(folder))
+    fingerprint = distributed.on_first(lambda: weights_fingerprint(folder))
+    model.base = Base(str(folder.resolve()) if Path(name).exists() else name, fingerprint)
     grow_vocabulary(model, made.known.vocab_size, made.tokenizer.vocab_size)
     _fit(model, made)
     if start.checkpoint is not None:

@@ -90,6 +90,22 @@ class Footprint:
         training = step + saving if self.beside else step
         return self.program + max(training, self.loading, self.weights + self.optimizer + saving)
 
+    def shared(self, processes: int, block: float, ends: float) -> Footprint:
+        """That of one of several processes which share the model: its part, and what it puts together to use it.
+
+        Args:
+            processes: how many.
+            block: bytes of the largest block's weights, of which two are together at once.
+            ends: bytes of what is around the blocks.
+        """
+        return replace(
+            self,
+            weights=self.weights / processes + 2 * block + ends,
+            gradients=self.gradients / processes + block + ends,
+            optimizer=self.optimizer / processes,
+            cache=0.0,
+        )
+
     def parts_mb(self, rows: int) -> dict[str, float]:
         """Each part and the peak, in MB of 2^20 bytes."""
         parts = {

@@ -7,11 +7,14 @@ each kind (see `seedbed.train.trial`).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from seedbed import distributed
 from seedbed.config import Config
 from seedbed.device import peak_memory_mb, pick_device, pick_precision
 from seedbed.errors import OutOfMemoryError
@@ -21,11 +24,13 @@ from seedbed.loss import chunk_tokens
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder
 from seedbed.optim import optimizer_tensors
+from seedbed.parallel import is_sharded, own_part
 from seedbed.train.finetune import make_adapter
 from seedbed.train.footprint import CODE_BYTES, MIB, SCATTERED, UNUSED, Footprint, free_bytes, resident_bytes
 from seedbed.train.ingredients import Ingredients
 from seedbed.train.pace import Pace
 from seedbed.train.progress import Display, duration
+from seedbed.train.scaling import Traffic, bytes_sent, describe_scaling
 from seedbed.train.state import TrainingState
 from seedbed.train.trial import Costs, head_learns, kinds_of, outline, tensor_bytes, try_out
 from seedbed.train.workload import Look, Workload, look_at, sizes_of, ways_to_keep
@@ -61,6 +66,9 @@ class Forecast:
     hours: float | None
     first_result_hours: float | None
     disk_mb: float
+    processes: int
+    ways: Mapping[str, tuple[Footprint, Traffic]]
+    """How several processes could share the model: what each of them takes, and what it sends in a step."""
 
     @property
     def peak_bytes(self) -> float:
@@ -88,6 +96,15 @@ class Forecast:
             "hours": self.hours,
             "first_result_hours": self.first_result_hours,
             "disk_mb": self.disk_mb,
+            **({"processes": self.processes, "parallel": self.ways_to_share()} if self.processes > 1 else {}),
+        }
+
+    def ways_to_share(self) -> dict[str, Any]:
+        """Memory of one process, what it sends in a step, and the speed it keeps on different links, DDP and FSDP."""
+        rows = self.config.training.batch_size
+        return {
+            name: {"memory_mb": round(footprint.peak(rows) / MIB, 1), **describe_scaling(traffic)}
+            for name, (footprint, traffic) in self.ways.items()
         }
 
     def require_memory(self) -> None:
@@ -170,7 +187,7 @@ def forecast_run(
     config, model = made.config, made.model
     validations = [made.corpus.validation, *(known.validation for known in made.keeping.earlier)]
     parameters, trained = sizes_of(model)
-    held = (*model.parameters(), *optimizer_tensors(model, optimizer).values())
+    held = (*map(own_part, model.parameters()), *optimizer_tensors(model, optimizer).values())
     workload = Workload(
         config,
         model.config,
@@ -180,6 +197,8 @@ def forecast_run(
         steps_done=state.step,
         seconds_used=state.seconds,
         loaded_bytes=sum(map(tensor_bytes, held)) + anchor_bytes(config, parameters, trained),
+        processes=distributed.size(),
+        sharded=is_sharded(model),
     )
     return forecast(workload, seconds=1.0)
 
@@ -196,8 +215,17 @@ def forecast(run: Workload, seconds: float = 3.0) -> Forecast:
     look = look_at(run)
     costs = try_out(model, config, look.batch, device, precision, seconds)
     program = resident_bytes() - run.loaded_bytes + CODE_BYTES if on_cpu else 0.0
-    footprint = _footprint(run, model, costs, device, look, program)
     pace = Pace(run, model, costs, look)
+    whole = _footprint(run, model, costs, device, look, program)
+    block = max(cost.weight_bytes for cost in costs.blocks)
+    narrow = 1 if precision == "fp32" else 2
+    shared = whole.shared(run.processes, block / narrow, float(costs.ends.weight_bytes))
+    sends = partial(bytes_sent, parameters, trained, run.processes, micro_batches=run.micro_batches)
+    ways = {
+        name: (footprint, Traffic(sends(sharded=name == "fsdp", product_bytes=4 // narrow), pace.step))
+        for name, footprint in (("ddp", whole), ("fsdp", shared))
+    }
+    footprint = shared if run.sharded else whole
     free = free_bytes(device)
     return Forecast(
         parameters=parameters,
@@ -217,6 +245,8 @@ def forecast(run: Workload, seconds: float = 3.0) -> Forecast:
         hours=pace.hours,
         first_result_hours=pace.first_result_hours,
         disk_mb=round(pace.kept_checkpoints() * pace.checkpoint_bytes / MIB, 1),
+        processes=run.processes,
+        ways=ways,
     )
 
 

@@ -164,7 +164,7 @@ def _few_steps(facts: Facts) -> Iterator[Finding]:
     enough = FEW_STEPS if facts.config.regime == "scratch" else RATHER_FEW_STEPS
     if steps is None or steps >= enough or _limit(facts) != "epochs":
         return
-    rows = training.batch_size * training.grad_accumulation
+    rows = training.rows_per_step
     yield Finding(
         "few_steps",
         "warning" if steps < FEW_STEPS else "note",

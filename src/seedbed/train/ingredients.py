@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from seedbed import distributed
 from seedbed.checkpoint import require_space
 from seedbed.config import Config
 from seedbed.data.rows import Rows
@@ -34,7 +35,8 @@ class Ingredients:
 def saved_tokenizer(start: Start) -> Tokenizer | None:
     """The tokenizer of the run that goes on, if it got as far as having one."""
     folder = start.checkpoint or start.run.path / "tokenizer"
-    return Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+    is_there = distributed.on_first(lambda: (folder / "tokenizer.json").exists())
+    return Tokenizer.load(folder) if is_there else None
 
 
 def template_for(config: Config, texts: Texts, tokenizer: Tokenizer) -> Template | None:

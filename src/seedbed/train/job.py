@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
+from seedbed import distributed
 from seedbed.config import TrainingOptions, WatchOptions
 from seedbed.data.batches import Batch, collate
-from seedbed.data.rows import Rows
+from seedbed.data.rows import NO_TARGET, Row, Rows
 from seedbed.device import Precision
 from seedbed.model.decoder import Decoder
+from seedbed.parallel import Spread
 from seedbed.runs.folder import RunFolder
 from seedbed.schedule import Schedule
 from seedbed.text.tokenizer import Tokenizer
@@ -86,6 +89,8 @@ class Job:
     """A run, ready to go: the loop does not know by which method it was set up."""
 
     model: Decoder
+    spread: Spread
+    """The same model as the processes share it, for steps that learn."""
     tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -104,8 +109,8 @@ class Job:
     """None, like `epochs`, when only the clock ends the run."""
     parent: str | None
     """The checkpoint or pretrained model this run began from."""
-    sample: Prompt
-    """What the model continues, or answers, at each validation."""
+    sample: Prompt | None
+    """What the model continues, or answers, at each validation; nothing where no process has all of its weights."""
     keeping: Keeping
     facts: Mapping[str, Any]
     """What `metrics.json` says of the model and the text besides."""
@@ -115,7 +120,7 @@ class Job:
 
     @property
     def rows_per_step(self) -> int:
-        return self.training.batch_size * self.training.grad_accumulation
+        return self.training.rows_per_step
 
     @property
     def micro_batch_size(self) -> int:
@@ -127,7 +132,12 @@ class Job:
         return -(-len(self.rows) // self.rows_per_step)
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """The batches of update number `step` (from 0), of B rows each; the last may be smaller."""
+        """This process's batches of update number `step` (from 0), of B rows each; the last may be smaller."""
+        start, end = self.rows_of(step)
+        return list(own_batches(self.rows, step // self.steps_per_epoch, start, end, self.micro_batch_size))
+
+    def all_batches(self, step: int) -> list[Batch]:
+        """The batches of an update as one process alone would make them."""
         start, end = self.rows_of(step)
         return list(batches_of(self.rows, step // self.steps_per_epoch, start, end, self.micro_batch_size))
 
@@ -141,3 +151,19 @@ def batches_of(rows: Rows, epoch: int, start: int, end: int, batch_size: int) ->
     """Rows `start` to `end` of an epoch, `batch_size` at a time."""
     for first in range(start, end, batch_size):
         yield collate([rows.row(epoch, index) for index in range(first, min(first + batch_size, end))])
+
+
+def own_batches(rows: Rows, epoch: int, start: int, end: int, batch_size: int) -> Iterator[Batch]:
+    """This process's part of rows `start` to `end` of an epoch, in as many batches as every other makes of its part.
+
+    One that has fewer rows goes through the motions with a row that teaches nothing, since all wait for each other.
+    """
+    wanted = -(-distributed.largest_share(end - start) // batch_size)
+    first, last = distributed.share(start, end)
+    yield from batches_of(rows, epoch, first, last, batch_size)
+    for _ in range(wanted - -(-(last - first) // batch_size)):
+        yield collate([_without_targets(rows.row(epoch, start))])
+
+
+def _without_targets(row: Row) -> Row:
+    return replace(row, labels=np.full_like(row.labels, NO_TARGET))

@@ -22,7 +22,7 @@ def length(config: Config, rows: Rows) -> tuple[int | None, int | None]:
 
 
 def steps_per_epoch(training: TrainingOptions, rows: Rows) -> int:
-    return math.ceil(len(rows) / (training.batch_size * training.grad_accumulation))
+    return math.ceil(len(rows) / training.rows_per_step)
 
 
 def step_limit(training: TrainingOptions, rows: Rows) -> int | None:

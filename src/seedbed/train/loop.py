@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from seedbed import distributed
 from seedbed.checkpoint import link_checkpoint, read_state
 from seedbed.config import SamplingOptions
 from seedbed.data.rows import Rows
 from seedbed.device import autocast, describe, peak_memory_mb
 from seedbed.errors import DivergedError, OutOfMemoryError, SeedbedError, StorageError
 from seedbed.generate import generate
+from seedbed.parallel import is_sharded
 from seedbed.runs.folder import FINISHED, read_summary
 from seedbed.runs.series import NOTHING, read_series
 from seedbed.train.guard import Guard
@@ -53,7 +55,7 @@ def train(job: Job, display: Display) -> Outcome:
     """
     loop = Loop(job, display)
     try:
-        with listen_for_signals() as request, display:
+        with listen_for_signals(lambda number: int(distributed.most(number)[0])) as request, display:
             status = loop.run(request)
             if status in FINISHED and not job.keeping.conclude(job, display, request):
                 status = "interrupted"
@@ -95,6 +97,7 @@ class Loop:
         self.sitting_tokens = 0
         self.saver = Saver(job, display, self.watch)
         self.recovery = Recovery(job, display, self.saver, self.went_back)
+        self.budget_used = 0.0  # share of the hours
         self.told_of_records = False
         self.reason = ""
         self.look_at_records()
@@ -120,11 +123,9 @@ class Loop:
                 return self.stop_with("done", "final")
             if self.out_of_patience():
                 return self.stop_early()
-            if request.signal is not None:
+            if request.heard():
                 return self.stop_with("interrupted", f"step-{state.step}")
-            if self.told_to_stop():
-                return self.stop_with("time_limit", "time-limit")
-            if self.watch.seconds_left < self.step_seconds + 2 * self.saver.seconds:
+            if self.told_to_stop() or self.out_of_time():
                 return self.stop_with("time_limit", "time-limit")
 
             if state.step in state.set_aside:
@@ -137,9 +138,13 @@ class Loop:
 
     def look_at_records(self) -> None:
         """What is usual, from the records of the steps before."""
-        series = read_series(self.job.run.path)
-        losses, norms = (series.get(name, NOTHING).values.tolist() for name in ("train_loss", "grad_norm"))
+        losses, norms = distributed.on_first(self.recorded)
         self.losses, self.job.guard = RecentLosses(losses[-WINDOW:]), Guard(losses, norms)
+
+    def recorded(self) -> list[list[float]]:
+        """Losses and gradient norms of the steps so far."""
+        series = read_series(self.job.run.path)
+        return [series.get(name, NOTHING).values.tolist() for name in ("train_loss", "grad_norm")]
 
     def count_epochs(self) -> None:
         """A run that goes on from a checkpoint with other batches is elsewhere in its epochs."""
@@ -173,6 +178,12 @@ class Loop:
         self.reason = f"--stop_at_step {limit}"
         return True
 
+    def out_of_time(self) -> bool:
+        """Whether the next step and the save after it could come too late, by the slowest process's clock."""
+        left = self.watch.seconds_left - self.step_seconds - 2 * self.saver.seconds
+        late, self.budget_used = distributed.most(left < 0, self.watch.share_used)
+        return bool(late)
+
     def forgot_too_much(self) -> bool:
         keeping, worst = self.job.keeping, max(self.state.forgetting.values(), default=0.0)
         return keeping.on_forgetting != "warn" and worst > keeping.max_forgetting
@@ -187,7 +198,7 @@ class Loop:
         while True:
             torn = False
             try:
-                return take_step(self.job, self.watch.share_used)
+                return take_step(self.job, self.budget_used)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -236,7 +247,9 @@ class Loop:
     def record_spike(self, result: StepResult, usual: Usual) -> None:
         """Say and keep what a step was made of whose loss stands far above the others."""
         job, state = self.job, self.state
-        found = look_at_spike(job, state.step - 1)
+        if is_sharded(job.model):  # no process could look alone
+            return
+        found = distributed.on_first(lambda: look_at_spike(job, state.step - 1))
         job.run.event(
             "loss_spike",
             state.step,
@@ -299,11 +312,13 @@ class Loop:
             within = self.watch_forgetting(metrics) or job.keeping.on_forgetting == "warn"
             improved = improved and within
         state.validated_step = state.step
-        self.sample()
+        if self.job.sample is not None:
+            distributed.on_first(self.sample)
         if improved:
             self.saver.save_best()
         self.summarize("running")
-        self.live.look(job.run, self.display)
+        if distributed.is_first():
+            self.live.look(job.run, self.display)
         return True
 
     def held_out_losses(self, request: StopRequest) -> dict[str, float] | None:
@@ -345,6 +360,7 @@ class Loop:
     def sample(self) -> None:
         """Let the model continue the fixed prompt: one seed throughout, so that only the weights differ."""
         job, prompt = self.job, self.job.sample
+        assert prompt is not None
         try:
             with autocast(job.device, job.precision):
                 [completion] = generate(job.model, job.tokenizer, [prompt.given], SAMPLE)
@@ -379,9 +395,8 @@ class Loop:
     def stop_early(self) -> str:
         """End with the best weights, not the last."""
         self.saver.wait()
-        checkpoints = self.job.run.checkpoints
-        best = checkpoints / "best"
-        link_checkpoint(best, checkpoints / "final", read_state(best))
+        best = self.job.run.checkpoints / "best"
+        distributed.on_first(lambda: link_checkpoint(best, best.with_name("final"), read_state(best)))
         return "early_stopped"
 
     def stop_forgetting(self) -> str:
@@ -390,7 +405,7 @@ class Loop:
         self.reason = f"--max_forgetting {self.job.keeping.max_forgetting:g} was exceeded"
         if self.job.keeping.on_forgetting == "stop" and state.best_step < state.step:
             self.saver.save_best()
-        if (self.job.run.checkpoints / "best").exists():
+        if distributed.on_first(lambda: (self.job.run.checkpoints / "best").exists()):
             return self.stop_early()
         return "early_stopped"
 

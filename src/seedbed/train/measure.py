@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from seedbed import distributed
 from seedbed.config import TrainingOptions
 from seedbed.data.batches import Batch
 from seedbed.data.rows import Rows
@@ -17,7 +18,7 @@ from seedbed.evaluate import evaluation_mode
 from seedbed.loss import token_losses
 from seedbed.model.decoder import Decoder
 from seedbed.runs.history import Figure
-from seedbed.train.job import Validation, batches_of
+from seedbed.train.job import Validation, own_batches
 from seedbed.train.progress import Display
 from seedbed.train.stopping import StopRequest
 
@@ -67,15 +68,15 @@ def measure(
 
 
 def held_out_loss(job: Measured, rows: Rows, request: StopRequest, display: Display) -> float | None:
-    """Nats per target over all `rows`, without dropout; None when a signal came in between."""
-    total = 0.0
-    batches = batches_of(rows, 0, 0, len(rows), job.micro_batch_size)
+    """Nats per target over all `rows`, of which each process takes a part, without dropout; None after a signal."""
+    own_sum = 0.0
+    batches = own_batches(rows, 0, 0, len(rows), job.micro_batch_size)
     with evaluation_mode(job.model):
-        for batch in display.watch_validation(batches, len(rows)):
-            if request.signal is not None:
-                break
-            total += float(place_losses(job, batch.to(job.device), job.precision).double().sum())
-    return None if request.signal is not None else total / rows.num_targets
+        for batch in display.watch_validation(batches, distributed.largest_share(len(rows))):
+            if request.heard():
+                return None
+            own_sum += float(place_losses(job, batch.to(job.device), job.precision).double().sum())
+    return distributed.total(own_sum) / rows.num_targets
 
 
 def place_losses(job: Measured, batch: Batch, precision: Precision) -> Tensor:

@@ -28,7 +28,7 @@ class Pace:
         if run.config.continues and "kl" in ways_to_keep(run.config):
             training += forward + costs.ends.seconds
         token = costs.ends.token_seconds + sum(kind.count * cost.token_seconds for kind, cost in kinds)
-        rows = self.rows_per_step / self.training.batch_size
+        rows = self.rows_per_step / self.training.batch_size / run.processes
         self.step = rows * (wider * training + look.seconds) + trained * costs.update_seconds + STEP_SECONDS
         batches = sum(len(held_out) for held_out in run.held_out) / look.batch.input_ids.shape[0]
         self.validation = batches * (wider * forward + look.seconds) + SAMPLE.max_new_tokens * token
@@ -47,7 +47,7 @@ class Pace:
     @property
     def rows_per_step(self) -> float:
         """On average; the last step of an epoch may have fewer."""
-        full = self.training.batch_size * self.training.grad_accumulation
+        full = self.training.rows_per_step
         return len(self.run.rows) / self.steps_per_epoch if self.run.rows and self.steps_per_epoch else full
 
     @property

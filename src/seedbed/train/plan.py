@@ -60,8 +60,9 @@ def plan_run(config: Config, display: Display, memory_limit: str | None = None) 
     precision = pick_precision(config.training.precision, device)
     config = config.update("this machine", precision=precision)
     planned = _pretraining(config, display) if config.regime == "scratch" else _finetuning(config, display)
+    processes, sharded = config.training.processes or 1, config.training.parallel == "fsdp"
     with display.working("Measuring"):
-        expected = forecast(planned.workload)
+        expected = forecast(replace(planned.workload, processes=processes, sharded=sharded))
     findings = [*planned.findings, *expected.findings()]
     return {
         "parameters": planned.parameters,

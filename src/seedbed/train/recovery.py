@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import torch
-
+from seedbed import distributed, parallel
 from seedbed.checkpoint import load_model, newest_intact, read_optimizer, read_state
 from seedbed.errors import DivergedError, OutOfMemoryError
 from seedbed.optim import load_optimizer_tensors
@@ -36,10 +35,16 @@ class Recovery:
         """Halve the rows at once; the update, its rows and their order stay the same.
 
         Raises:
-            OutOfMemoryError: it was one row already.
+            OutOfMemoryError: it was one row already; or other processes are in the middle of a step with this one.
         """
         job, state = self._job, self._job.state
         let_go(job)
+        if distributed.size() > 1:
+            raise OutOfMemoryError(
+                f"process {distributed.rank()}, {job.device}: out of memory with {job.micro_batch_size} rows at a "
+                f"time; go on with --batch_size {max(1, job.micro_batch_size // 2)} and --grad_accumulation "
+                f"{2 * job.training.grad_accumulation}, in a run of its own"
+            )
         if job.micro_batch_size == 1:
             raise OutOfMemoryError(nothing_fits(job))
         state.micro_batch_size = -(-job.micro_batch_size // 2)
@@ -125,10 +130,11 @@ def go_back(job: Job) -> Path | None:
 
     What the run learnt about itself since stays: time used, rows set aside, smaller micro-batches, lower rates.
     """
-    checkpoint, _ = newest_intact(job.run.checkpoints)
-    if checkpoint is None:
+    found = distributed.on_first(lambda: _name_of_newest(job))
+    if found is None:
         return None
-    load_weights(job, checkpoint)
+    checkpoint = job.run.checkpoints / found
+    parallel.load(job.model, load_model(checkpoint)[0])
     job.optimizer.state.clear()
     load_optimizer_tensors(job.model, job.optimizer, read_optimizer(checkpoint))
     now, then = job.state, TrainingState.from_json(read_state(checkpoint))
@@ -140,13 +146,9 @@ def go_back(job: Job) -> Path | None:
     return checkpoint
 
 
-@torch.no_grad()
-def load_weights(job: Job, checkpoint: Path) -> None:
-    """The weights that are trained, from a checkpoint of the same run."""
-    saved = dict(load_model(checkpoint)[0].named_parameters())
-    for name, parameter in job.model.named_parameters():
-        if parameter.requires_grad:
-            parameter.copy_(saved[name])
+def _name_of_newest(job: Job) -> str | None:
+    checkpoint, _ = newest_intact(job.run.checkpoints)
+    return None if checkpoint is None else checkpoint.name
 
 
 def nothing_fits(job: Job) -> str:

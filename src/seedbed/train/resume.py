@@ -9,11 +9,12 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
+from seedbed import distributed
 from seedbed.checkpoint import damage, is_model_folder, newest_intact, read_state, remove_leftovers
 from seedbed.config import FREE_TO_CHANGE, WITH_LORA, Config
 from seedbed.errors import CheckpointError, ConfigError
 from seedbed.parsing import parse_yaml
-from seedbed.runs.folder import FINISHED, RunFolder, read_summary
+from seedbed.runs.folder import FINISHED, ReadOnlyRunFolder, RunFolder, read_summary
 
 SHAPE = frozenset(
     [
@@ -65,6 +66,50 @@ class AlreadyFinished:
 
 
 def open_run(config: Config) -> Start | AlreadyFinished:
+    """The run folder that `config` means and what to go on from; of several processes the first finds them.
+
+    Raises:
+        SeedbedError: see `_open`; or the first process's run folder is not there for this one.
+    """
+    if distributed.size() == 1:
+        return _open(config)
+    opened: list[Start | AlreadyFinished] = []
+
+    def open_here() -> dict[str, Any]:
+        opened.append(_open(config))
+        return _told(opened[0])
+
+    told = distributed.on_first(open_here)
+    return opened[0] if opened else _understood(config, told)
+
+
+def _told(opened: Start | AlreadyFinished) -> dict[str, Any]:
+    """What the other processes need to know of what the first one found."""
+    if isinstance(opened, AlreadyFinished):
+        return {"path": str(opened.path.resolve()), "summary": opened.summary}
+    return {
+        "path": str(opened.run.path.resolve()),
+        "regime": opened.config.regime,
+        "values": opened.config.values(),
+        "sources": dict(opened.config.sources),
+        "checkpoint": opened.checkpoint and str(opened.checkpoint.resolve()),
+        "parent": opened.parent,
+        "remarks": opened.remarks,
+    }
+
+
+def _understood(config: Config, told: dict[str, Any]) -> Start | AlreadyFinished:
+    path = Path(told["path"])
+    if not path.is_dir():
+        raise ConfigError(f"--output {path}: not here; it must be on a disk that all machines of a run share")
+    if "summary" in told:
+        return AlreadyFinished(path, told["summary"])
+    config = replace(config, regime=told["regime"]).adopt(told["values"], told["sources"])
+    checkpoint = Path(told["checkpoint"]) if told["checkpoint"] else None
+    return Start(config, ReadOnlyRunFolder(path), checkpoint, told["parent"], tuple(told["remarks"]))
+
+
+def _open(config: Config) -> Start | AlreadyFinished:
     """Lock the run folder that `config` means and find what to go on from.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from seedbed import distributed
 from seedbed.config import Config
 from seedbed.device import keep_memory
 from seedbed.train.build import build_job
@@ -21,8 +22,9 @@ def run_training(config: Config, console: Console) -> Outcome:
         SeedbedError: see `seedbed.errors`; before training begins nothing is left behind.
     """
     keep_memory()
-    with leave_on_signals():
-        return _run(config, Display(console, config.watching.log_every))
+    with leave_on_signals(), distributed.joined():
+        shown = console if distributed.is_first() else Console(quiet=True)
+        return _run(config, Display(shown, config.watching.log_every))
 
 
 def _run(config: Config, display: Display) -> Outcome:
@@ -41,7 +43,8 @@ def _run(config: Config, display: Display) -> Outcome:
             return train(job, display)
         finally:
             job.board.close()
-            look_back(job.run.path, display, report=config.watching.report)
+            if distributed.is_first():
+                look_back(job.run.path, display, report=config.watching.report)
     finally:
         start.run.discard_if_empty()
         start.run.close()

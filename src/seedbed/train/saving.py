@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from seedbed.checkpoint import link_checkpoint, rotate, save_checkpoint
+from seedbed import distributed
+from seedbed.checkpoint import link_checkpoint, rotate, save_checkpoint, save_optimizer_part
 from seedbed.errors import StorageError
 from seedbed.model.decoder import Decoder
 from seedbed.optim import optimizer_tensors
+from seedbed.parallel import gathered, is_sharded, put_apart
 from seedbed.train.job import Job
 from seedbed.train.progress import Display
 from seedbed.train.step import is_out_of_memory
@@ -51,6 +54,9 @@ class Saver:
 
     With `--async_save` one checkpoint at a time is written beside training, from a copy in memory. What comes next
     waits for it: another save, going back, the end.
+
+    Of several processes the first writes, while the others wait; of a model they share, each writes its part of the
+    optimizer.
     """
 
     def __init__(self, job: Job, display: Display, watch: Stopwatch) -> None:
@@ -124,31 +130,32 @@ class Saver:
         job, state = self._job, self._job.state
         state.seconds, state.scaler, state.records = self._watch.seconds, job.scaler.state_dict(), job.run.positions()
         newest = self.newest
-        if newest and newest[0] == state.step and newest[1].exists() and newest[1] != folder:
-            return partial(link_checkpoint, newest[1], folder, state.to_json())
+        if newest and newest[0] == state.step and newest[1] != folder and distributed.on_first(newest[1].exists):
+            return _by_first(partial(link_checkpoint, newest[1], folder, state.to_json()))
         self.newest = (state.step, folder)
+        put_apart(job.model)
         weights = Weights(job.model, optimizer_tensors(job.model, job.optimizer), state.to_json())
+        if is_sharded(job.model):
+            return partial(_save_parts, folder, job, weights)
         if copied:
             weights = weights.copied()
-
-        def write() -> None:
-            began = self._watch.seconds
-            model, optimizer, values = weights.model, weights.optimizer, weights.state
-            save_checkpoint(folder, model, job.tokenizer, optimizer, values, job.keeping.companions)
-            self.seconds = max(self._watch.seconds - began, 0.9 * self.seconds)
-
-        return write
+        model, optimizer, values = weights.model, weights.optimizer, weights.state
+        companions = job.keeping.companions
+        return _by_first(partial(save_checkpoint, folder, model, job.tokenizer, optimizer, values, companions))
 
     def _try(self, work: Act, then: Act) -> None:
         for pause in PAUSES:
             time.sleep(pause)
+            began = self._watch.seconds
             try:
-                work()
-                then()
+                distributed.together(work)
+                if distributed.is_first():
+                    then()
             except (StorageError, OSError, MemoryError, RuntimeError) as error:
                 self._failure = error
             else:
                 self._failure = None
+                self.seconds = max(self._watch.seconds - began, 0.9 * self.seconds)
                 return
 
     def _is_settled(self, *, last: bool = False) -> bool:
@@ -169,3 +176,25 @@ class Saver:
         run.event("save_failed", step, checkpoint=name, reason=str(refused))
         self._display.line(f"Step {step}: {refused}. Going on; earlier checkpoints are whole")
         return False
+
+
+def _by_first(work: Act) -> Act:
+    return work if distributed.is_first() else lambda: None
+
+
+def _save_parts(folder: Path, job: Job, weights: Weights) -> None:
+    """Save a model that the processes share: the first one puts it together in its memory, weight by weight."""
+    model = gathered(weights.model)
+    parts = folder.with_name(f".{folder.name}-parts.tmp")
+    rank, size = distributed.rank(), distributed.size()
+    own = {name: tensor for name, tensor in weights.optimizer.items() if tensor.dim() or rank == 0}
+
+    def publish() -> None:
+        save_checkpoint(folder, model, job.tokenizer, None, weights.state, parts)
+
+    try:
+        distributed.together(lambda: save_optimizer_part(parts, own, rank, size))
+        distributed.together(_by_first(publish))
+    finally:
+        if distributed.is_first():
+            shutil.rmtree(parts, ignore_errors=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from seedbed import distributed
 from seedbed.checkpoint import require_match
 from seedbed.config import Config, DataOptions, ModelOptions
 from seedbed.data import Reading
@@ -126,7 +127,8 @@ def with_shape(config: Config, shape: DecoderConfig) -> Config:
 def initial_model(shape: DecoderConfig, checkpoint: Path | None, tokenizer: Tokenizer, seed: int) -> Decoder:
     """Fresh weights drawn with the seed, or those of the checkpoint."""
     torch.manual_seed(seed)
-    model = Decoder(shape)
+    with torch.device("meta" if distributed.without_weights() else "cpu"):
+        model = Decoder(shape)
     if checkpoint is not None:
         saved = load_decoder(checkpoint)
         require_match(saved.config, tokenizer, str(checkpoint))

@@ -116,7 +116,7 @@ def measured_rows(job: Job, step: int, precision: Precision) -> list[MeasuredRow
     """The rows of update number `step`, each with its loss, without dropout."""
     rows: list[MeasuredRow] = []
     with evaluation_mode(job.model):
-        for batch in job.micro_batches(step):
+        for batch in job.all_batches(step):
             losses = place_losses(job, batch.to(job.device), precision)  # (B, T)
             for labels, nats, input_ids in zip(batch.labels, losses.cpu(), batch.input_ids, strict=True):
                 targets = (labels != NO_TARGET).nonzero().flatten()

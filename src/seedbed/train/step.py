@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from seedbed import distributed
 from seedbed.data.batches import Batch
 from seedbed.device import autocast
 from seedbed.loss import linear_cross_entropy
 from seedbed.optim import set_learning_rate
+from seedbed.parallel import whole
 from seedbed.train.job import Job
 
 
@@ -47,7 +49,7 @@ class TornUpdateError(RuntimeError):
 
 
 def take_step(job: Job, budget_used: float) -> StepResult:
-    """One update from all micro-batches of the step, which count together by their tokens.
+    """One update from all micro-batches of the step, of all processes, which count together by their tokens.
 
     Raises:
         RuntimeError, MemoryError: `is_out_of_memory` knows those that mean it; the weights are as they were.
@@ -56,20 +58,23 @@ def take_step(job: Job, budget_used: float) -> StepResult:
     began = time.perf_counter()
     batches = job.micro_batches(job.state.step)
     data_seconds = time.perf_counter() - began
-    tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
-    loss_sum = 0.0
+    tokens = int(distributed.total(sum(int((batch.labels != -100).sum()) for batch in batches)))
+    own_sum = 0.0
     for number, batch in enumerate(batches):
-        torch.manual_seed(dropout_seed(job.training.seed, job.state.step, number))
+        torch.manual_seed(dropout_seed(job.training.seed, job.state.step, number, distributed.rank()))
+        job.spread.add_up(number == len(batches) - 1)
         nats, objective = batch_objective(job, batch.to(job.device, non_blocking=True))
-        job.scaler.scale(objective / tokens).backward()  # type: ignore[no-untyped-call]
-        loss_sum += float(nats.detach())
+        mean = objective * distributed.size() / tokens  # of which the processes' mean is the gradient
+        job.scaler.scale(mean).backward()  # type: ignore[no-untyped-call]
+        own_sum += float(nats.detach())
+    loss_sum = distributed.total(own_sum)
     learning_rate = job.schedule.at(job.state.step + 1, budget_used) * job.state.learning_rate_factor
     set_learning_rate(job.optimizer, learning_rate)
     job.scaler.unscale_(job.optimizer)
     for anchor in job.keeping.weight_anchors:
         anchor.add_gradients()
     norm = nn.utils.clip_grad_norm_(job.model.parameters(), job.training.max_grad_norm or math.inf)
-    grad_norm = float(norm)
+    grad_norm = float(whole(norm))
     objection = job.guard.objection(loss_sum / tokens, grad_norm)
     if not objection:
         with whole_or_torn(job.model):
@@ -83,7 +88,7 @@ def take_step(job: Job, budget_used: float) -> StepResult:
 def batch_objective(job: Job, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Nats summed over the targets of one micro-batch, and what is minimised: they and the pull of the anchors."""
     with autocast(job.device, job.precision):
-        hidden = job.model(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
+        hidden = job.spread.forward(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
         nats = linear_cross_entropy(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
         return nats, sum((anchor(hidden, batch) for anchor in job.keeping.prediction_anchors), nats)
 

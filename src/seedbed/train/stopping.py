@@ -15,9 +15,20 @@ SAVING = "saving after this step; once more leaves at once without saving"
 
 @dataclass
 class StopRequest:
-    """Set by the first signal; the loop finishes its step, saves and leaves."""
+    """Made by the first signal to any process; the loop finishes its step, saves and leaves."""
 
+    received: int = 0
+    """The signal that came to this process."""
     signal: signal.Signals | None = None
+    """The one that all processes know of."""
+    agree: Callable[[int], int] = int
+    """Of the numbers that the processes give it together, the largest."""
+
+    def heard(self) -> bool:
+        """Whether there is a signal; all processes ask together, and are told the same."""
+        if number := self.agree(self.received):
+            self.signal = signal.Signals(number)
+        return self.signal is not None
 
     @property
     def exit_code(self) -> int:
@@ -26,16 +37,16 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def listen_for_signals() -> Iterator[StopRequest]:
+def listen_for_signals(agree: Callable[[int], int] = int) -> Iterator[StopRequest]:
     """Turn SIGINT, SIGTERM and SIGHUP into a `StopRequest`; a second one leaves at once."""
-    request = StopRequest()
+    request = StopRequest(agree=agree)
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if request.signal is not None:
+        if request.received:
             raise KeyboardInterrupt
-        request.signal = signal.Signals(number)
+        request.received = number
         # Not print: the signal may have come in the middle of one, and a stream is not entered twice.
-        os.write(2, f"\n{request.signal.name}: {SAVING}\n".encode())
+        os.write(2, f"\n{signal.Signals(number).name}: {SAVING}\n".encode())
 
     previous = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,16 @@ class Workload:
     """Of this process's memory, what is part of the run: its weights, its optimizer's state."""
     stored_bytes: float = 0.0
     """The files of pretrained weights that are still to be read."""
+    processes: int = 1
+    """That share the rows of a step."""
+    sharded: bool = False
+    """Whether they share the model too."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one process, in a step."""
+        training = self.config.training
+        return math.ceil(training.rows_per_step / self.processes / training.batch_size)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ TRAINING = {
     "--max_training_hours",
     "--batch_size",
     "--grad_accumulation",
+    "--processes",
+    "--parallel",
     "--learning_rate",
     "--min_lr",
     "--warmup_steps",

@@ -1,0 +1,147 @@
+"""A model and its optimizer over several processes: whole in each of them (DDP), or a part in each (FSDP).
+
+Both are PyTorch's own: `DistributedDataParallel` and `fully_shard`. Gradients come out as the mean over processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from seedbed import distributed
+from seedbed.device import Precision
+from seedbed.lora import add_adapter
+from seedbed.model.decoder import Decoder
+
+Method = Literal["ddp", "fsdp"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A model as a training step uses it, whichever way the processes share it."""
+
+    forward: Callable[..., Tensor]
+    """As `Decoder.forward`."""
+    add_up: Callable[[bool], None]
+    """Told before each forward pass of an update whether it is the last, which adds up over the processes."""
+
+
+def spread(model: Decoder, method: Method, device: torch.device, precision: Precision) -> Spread:
+    """Get `model` ready for the processes there are, on `device`; its parameters are the ones to optimize then."""
+    if distributed.size() == 1:
+        return Spread(model.to(device), lambda _last: None)
+    return _replicate(model.to(device)) if method == "ddp" else _shard(model, device, precision)
+
+
+def _replicate(model: Decoder) -> Spread:
+    """The first process's weights in all of them."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def add_up(last: bool) -> None:
+        replica.require_backward_grad_sync = last
+
+    return Spread(replica, add_up)
+
+
+def _shard(model: Decoder, device: torch.device, precision: Precision) -> Spread:
+    """Every block, and what is around the blocks, is a group whose weights are put together when they are needed.
+
+    Only the first process has weights before; nobody has all of them on the device after. What is around the blocks
+    stays in float32, and together until the loss has read the head.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    state = model.state_dict() if distributed.is_first() else {}
+    model.to("meta")
+    mesh = init_device_mesh(device.type, (distributed.size(),))
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=bf16 if precision == "bf16" else MixedPrecisionPolicy())
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    model.to_empty(device=device)
+    _hand_out(model, state)
+    return Spread(model, lambda _last: None)  # gradients kept for the last would be whole ones
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process has only a part of each weight."""
+    return any(is_part(parameter) for parameter in model.parameters())
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether it is this process's part of a tensor."""
+    return hasattr(tensor, "full_tensor")  # `isinstance` would import all of it for those who train alone
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor that all parts make; all processes ask for it together."""
+    return tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process has of it."""
+    return tensor.to_local() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """On the parameter's device, and of it the part that this process has of the parameter."""
+    if not is_part(parameter) or not tensor.dim():
+        return tensor.to(parameter.device)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(
+        tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+
+
+def put_apart(model: nn.Module) -> None:
+    """Forget the whole weights that were put together outside of training."""
+    for module in model.modules():
+        reshard: Callable[[], None] | None = getattr(module, "reshard", None)
+        if reshard:
+            reshard()
+
+
+@torch.no_grad()
+def gathered(model: Decoder) -> Decoder:
+    """The whole model in the first process's memory, weight by weight; elsewhere one without weights."""
+    with torch.device("meta"):
+        copy = Decoder(model.config)
+        if model.adapter is not None:
+            add_adapter(copy, model.adapter)
+    copy.base = model.base
+    # Of a model with an adapter only what is trained is saved.
+    left_out = {name for name, p in model.named_parameters() if model.adapter is not None and not p.requires_grad}
+    parts = {name: part for name, part in model.state_dict().items() if name not in left_out}
+    copy.load_state_dict({name: _kept(part) for name, part in parts.items()}, assign=True, strict=False)
+    return copy
+
+
+def load(model: Decoder, saved: Decoder) -> None:
+    """Give the trained weights of `model` the values of `saved`, which the first process has; all are called."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = {name: parameter.detach() for name, parameter in saved.named_parameters() if name in trained}
+    if is_sharded(model):
+        _hand_out(model, state if distributed.is_first() else {}, strict=False)
+    else:
+        model.load_state_dict(state, strict=False)
+
+
+def _hand_out(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
+    set_model_state_dict(model, dict(state), options=options)
+
+
+def _kept(part: Tensor) -> Tensor:
+    tensor = whole(part).cpu()
+    return tensor if distributed.is_first() else torch.empty_like(tensor, device="meta")
