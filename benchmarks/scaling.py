@@ -42,7 +42,8 @@ GPU_MEMORY: Final = 80e9
 GPUS: Final = (1, 8, 64, 256, 1024)
 GPUS_PER_NODE: Final = 8
 CONTEXT: Final = 1024
-MICRO_BATCH: Final = 16
+STEP_ROWS: Final = 512  # of all GPUs together: half a million tokens
+MICRO_BATCH: Final = 16  # the most rows at once
 SIZES: Final = {  # width, layers, heads, d_ff, vocabulary
     "124M": ("gpt2", 768, 12, 12, 3072, 50257),
     "355M": ("gpt2", 1024, 24, 16, 4096, 50257),
@@ -111,14 +112,16 @@ def flops_per_token(parameters: float, config: DecoderConfig) -> float:
 
 def simulated(name: str, gpus: int) -> dict[str, Any]:
     """One H100 of so many: memory, bytes sent and the share of its speed that it keeps, the better way to share."""
+    rows = STEP_ROWS // gpus
+    at_once = min(rows, MICRO_BATCH)
     config = shape(name)
     parameters = float(num_parameters(config))
     smallest = shape("124M")
     rate = TOKENS_PER_SECOND * flops_per_token(num_parameters(smallest), smallest)  # arithmetic a second
-    seconds = MICRO_BATCH * CONTEXT * flops_per_token(parameters, config) / rate
+    seconds = rows * CONTEXT * flops_per_token(parameters, config) / rate
     link = LINKS["NVLink 4"] if gpus <= GPUS_PER_NODE else LINKS["400 Gb/s InfiniBand"]
     # Blocks computed twice: one float32 residual between two, and in the one at work some 34 numbers of two bytes.
-    kept = MICRO_BATCH * CONTEXT * config.d_model * (4 * config.num_layers + 2 * 34)
+    kept = at_once * CONTEXT * config.d_model * (4 * config.num_layers + 2 * 34)
     whole = 16 * parameters + kept
     block = (parameters - config.vocab_size * config.d_model) / config.num_layers
     ends = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
@@ -126,40 +129,44 @@ def simulated(name: str, gpus: int) -> dict[str, Any]:
     ways = {"DDP": (whole, False), "FSDP": (part, True)}
     found = {}
     for way, (memory, sharded) in ways.items():
-        sent = bytes_sent(parameters, parameters, gpus, sharded=sharded, micro_batches=1, product_bytes=2)
+        times = rows // at_once
+        sent = bytes_sent(parameters, parameters, gpus, sharded=sharded, micro_batches=times, product_bytes=2)
         efficiency = Traffic(sent, seconds).efficiency(link)
         found[way] = {
             "memory_gb": memory / 1e9,
             "sent_gb": sent / 1e9,
             "efficiency": efficiency,
-            "tokens_per_second": gpus * efficiency * MICRO_BATCH * CONTEXT / seconds,
+            "tokens_per_second": STEP_ROWS * CONTEXT * efficiency / seconds,
         }
     fitting = [way for way in found if found[way]["memory_gb"] * 1e9 < 0.9 * GPU_MEMORY]
     best = max(fitting, key=lambda way: found[way]["efficiency"], default=None)
-    return {"ways": found, "best": best, "batch_tokens": gpus * MICRO_BATCH * CONTEXT}
+    return {"ways": found, "best": best, "rows": rows}
 
 
 def simulated_table() -> str:
     lines = [
-        "| model | GPUs | tokens a step | DDP: GB, sent, kept | FSDP: GB, sent, kept | best | tokens/s |",
+        "| model | GPUs | rows of each | DDP: GB, sent, kept | FSDP: GB, sent, kept | best | tokens/s |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in SIZES:
         for gpus in GPUS:
+            if gpus > STEP_ROWS:
+                lines.append(f"| {name} | {gpus:,} | fewer rows than GPUs | | | | |")
+                continue
             row = simulated(name, gpus)
             cells = [
                 f"{way['memory_gb']:.0f}, {way['sent_gb']:.1f}, {way['efficiency']:.0%}" for way in row["ways"].values()
             ]
             speed = f"{row['ways'][row['best']]['tokens_per_second']:,.3g}" if row["best"] else ""
             best = row["best"] or "does not fit"
-            lines.append(f"| {name} | {gpus:,} | {row['batch_tokens']:,} | {' | '.join(cells)} | {best} | {speed} |")
+            lines.append(f"| {name} | {gpus:,} | {row['rows']:,} | {' | '.join(cells)} | {best} | {speed} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--measure", action="store_true", help="train for real first")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of it")
     given = parser.parse_args()
     if given.measure:
         RESULTS.write_text(json.dumps(measure(given.repeats), indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
@@ -25,9 +26,26 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from seedbed import errors
-from seedbed.errors import LostProcessError, SeedbedError
+from seedbed.errors import ConfigError, LostProcessError, SeedbedError
 
-LOST_AFTER: Final = float(os.environ.get("SEEDBED_LOST_AFTER", "60"))  # seconds
+
+def seconds_of(name: str, usual: float) -> float:
+    """A number of seconds that a variable of the environment holds.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    text = os.environ.get(name, str(usual))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"{name}={text}: expected seconds, such as {usual:g}")
+    return seconds
+
+
+LOST_AFTER: Final = seconds_of("SEEDBED_LOST_AFTER", 60.0)
 PULSE: Final = LOST_AFTER / 12  # seconds between two signs of life
 PATIENCE: Final = LOST_AFTER / 6  # seconds for others to say why they ended
 GO_ON: Final = "The same command goes on from the newest checkpoint"
@@ -405,6 +423,6 @@ def _raised(description: dict[str, Any]) -> Exception:
     error: SeedbedError = kind.__new__(kind)
     error.args = (description["message"],)
     error.told = True
-    if isinstance(error, errors.ConfigError):
+    if isinstance(error, ConfigError):
         error.problems = description["message"].splitlines()
     return error

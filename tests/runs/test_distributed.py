@@ -232,6 +232,20 @@ def fail_in(rank: int, real: Callable[..., Any], calls: int, failure: Exception)
     return fails
 
 
+def test_a_slow_one_is_waited_for(
+    together: Together, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = step.batch_objective
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.1 * distributed.rank())
+        return real(*given)
+
+    monkeypatch.setattr(step, "batch_objective", slowly)
+    assert together(2, tmp_path / "run", batch_size=4) == [0, 0]
+    same_curve(tmp_path / "run", alone)
+
+
 def test_out_of_memory_in_one_ends_all_with_its_cause(
     together: Together, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

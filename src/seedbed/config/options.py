@@ -75,6 +75,11 @@ class DataOptions(TextOptions):
         "by default the tokenizer's own template, else the one of --format.",
     )
     train_on_prompt: bool = Field(False, description="Learn the questions too, not only the answers.")
+    streaming: bool = Field(
+        False,
+        description="Read --data file by file, keeping the tokens of three files on disk; also from addresses such as "
+        "s3://bucket/part-*.parquet. Needs --max_steps or --max_tokens; --val_split holds out of the first file.",
+    )
     augment_word_swap: bool = Field(
         False, description="Add a copy of every training document with neighbouring words swapped."
     )

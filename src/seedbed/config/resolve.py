@@ -328,6 +328,14 @@ def _contradictions(config: Config) -> Iterable[str]:
         yield f"{say('val_split')} contradicts {say('val_data')}; leave one of them out"
     if data.vocab_size and data.tokenizer != "bpe" and sources["vocab_size"] == FLAGS:
         yield f"{say('vocab_size')} only applies to a tokenizer trained here; leave it out with {say('tokenizer')}"
+    if data.streaming and not (training.max_steps or training.max_tokens):
+        yield f"{say('streaming')} has no end of its own; give --max_steps or --max_tokens"
+    if data.streaming and config.is_given("epochs"):
+        yield f"{say('epochs')} has no meaning with --streaming; give --max_steps or --max_tokens"
+    if data.streaming and data.augment_word_swap:
+        yield f"{say('augment_word_swap')} needs the whole text, and --streaming never has it; leave one of them out"
+    if data.streaming and config.continues:
+        yield f"{say('streaming')} is for pretrain and finetune; leave it out"
     if training.optimizer == "sgd":
         for name in ("beta2", "epsilon"):
             if sources[name] == FLAGS:

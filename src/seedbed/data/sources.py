@@ -100,7 +100,7 @@ def open_source(
         return _open_named(spec, document, split)
     if split != "train":
         raise ConfigError(f"{spec} has no split {split!r}: only named sources have official splits. Use --val_data")
-    paths = _find_files(spec, flag)
+    paths = find_files(spec, flag)
     for path in paths:
         refuse_if_not_text(path)
     if document != "auto" and all(path.suffix.lower() in TABLE_SUFFIXES for path in paths):
@@ -141,7 +141,7 @@ def open_whole(
     if spec in NAMED and not Path(spec).exists():
         best = next(name for name in ("test", "validation", "train") if name in NAMED[spec].splits)
         return open_source(spec, document=document or "auto", split=split or best, format=format)
-    paths = _find_files(spec, "--data")
+    paths = find_files(spec, "--data")
     for path in paths:
         refuse_if_not_text(path)
     if format == "auto":
@@ -195,7 +195,7 @@ def _common_format(spec: str, paths: Sequence[Path], text_column: str) -> str:
     return next(iter(first_of))
 
 
-def _find_files(spec: str, flag: str) -> list[Path]:
+def find_files(spec: str, flag: str) -> list[Path]:
     """The files a spec means, in an order that is the same on every machine."""
     path = Path(spec).expanduser()
     if path.is_file():

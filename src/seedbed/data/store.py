@@ -109,7 +109,7 @@ def open_store(
     Safe for several processes at once: one makes it, the others wait and use it. A store that is damaged is
     made again with a warning. Raises DataError for broken text, StorageError when it cannot be written.
     """
-    cache = cache or Path(os.environ.get("SEEDBED_CACHE") or Path("~/.cache/seedbed").expanduser())
+    cache = cache or cache_folder()
     key = _key(source, reading)
     folder = cache / key
     if folder.is_dir() and (store := _open(folder)):
@@ -134,6 +134,11 @@ def open_store(
     store = _open(folder)
     assert store is not None, folder
     return store
+
+
+def cache_folder() -> Path:
+    """$SEEDBED_CACHE or ~/.cache/seedbed."""
+    return Path(os.environ.get("SEEDBED_CACHE") or Path("~/.cache/seedbed").expanduser())
 
 
 def _key(source: Source, reading: Reading) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from seedbed import distributed
 from seedbed.config import Config, KeepOptions, TrainingOptions
 from seedbed.data import WholeRows
+from seedbed.data.streaming import StreamedRows
 from seedbed.device import describe, pick_device
 from seedbed.findings import Finding
 from seedbed.model.decoder import Decoder
@@ -102,6 +103,10 @@ def describe_corpus(display: Display, corpus: Corpus, texts: Texts, batch_size: 
     display.line(
         f"Training samples: {len(rows):,} rows of {rows.max_seq_len} tokens, {rows.num_targets:,} tokens an epoch"
     )
+    if isinstance(rows, StreamedRows):
+        display.line(
+            f"  of {rows.num_shards:,} files, one after another; the first stands for all in what is said here"
+        )
     if isinstance(rows, WholeRows):
         cut = f"{rows.truncated_documents:,} {kind} are cut, {rows.truncated_tokens:,} tokens lost"
         display.line(f"  {rows.padding(batch_size):.1%} of the places is padding; {cut}")

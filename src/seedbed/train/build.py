@@ -15,6 +15,7 @@ from seedbed.checkpoint import read_optimizer, read_state
 from seedbed.config import Config
 from seedbed.data import WholeRows
 from seedbed.data.conversations import from_document
+from seedbed.data.streaming import StreamedRows
 from seedbed.device import envelope, pick_device, pick_precision
 from seedbed.errors import ConfigError
 from seedbed.findings import Finding, sift
@@ -77,6 +78,8 @@ def build_job(start: Start, display: Display) -> Job:
     optimizer = build_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     state = restore(checkpoint, model, optimizer, scaler)
+    if isinstance(made.rows, StreamedRows) and state.shard_rows:
+        made.rows.found = list(state.shard_rows)
     tell_of_other_bits(display, state, envelope(device))
     epochs, total_steps = length(config, made.rows)
     schedule = make_schedule(training, total_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,18 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seedbed import distributed
-from seedbed.config import TRAINED_HERE, DataOptions, TextOptions
+from seedbed.config import TRAINED_HERE, DataOptions, TextOptions, TrainingOptions
 from seedbed.data import PackedRows, Reading, Source, Store, WholeRows, from_texts, held_out, open_source, open_store
 from seedbed.data.augment import augmented
 from seedbed.data.conversations import from_document, split_key
 from seedbed.data.rows import Rows
-from seedbed.data.store import digest
+from seedbed.data.store import cache_folder, digest
+from seedbed.data.streaming import ShardRows, StreamedRows, bring, find_shards, open_shard
 from seedbed.errors import ConfigError, DataError
 from seedbed.text.tokenizer import Tokenizer, train_bpe, train_char
 from seedbed.train.job import Validation
 from seedbed.train.progress import Display
 
 LARGEST_DEFAULT_VOCAB = 8000
+
+
+STREAMING = "streaming"  # of the cache, the part for what is streamed
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,15 @@ def open_texts(options: TextOptions) -> Texts:
     return Texts(train, validation, options.val_split)
 
 
+def open_training_texts(options: DataOptions) -> Texts:
+    """As `open_texts`; of a text that is streamed the first shard, which stands for all before training begins."""
+    if not options.streaming or options.data is None:
+        return open_texts(options)
+    with distributed.one_a_node_first():
+        first = bring(find_shards(options.data)[0], cache_folder() / STREAMING)
+    return open_texts(options.model_copy(update={"data": str(first)}))
+
+
 def require_a_row(texts: Texts, max_seq_len: int) -> None:
     """Raise DataError when the text cannot fill one row, whatever the tokenizer."""
     if not texts.are_conversations and texts.train.num_bytes < max_seq_len:
@@ -182,12 +196,15 @@ def default_vocab_size(num_bytes: int) -> int:
     return int(np.clip(num_bytes // 500, 512, LARGEST_DEFAULT_VOCAB))
 
 
-def tokenize(texts: Texts, reading: Reading, options: DataOptions, seed: int, display: Display) -> Corpus:
-    """Tokenize both splits into stores (or find them there) and lay rows over them.
+def tokenize(
+    texts: Texts, reading: Reading, options: DataOptions, training: TrainingOptions, display: Display
+) -> Corpus:
+    """Tokenize both splits into stores (or find them there) and lay rows over them; of a streamed text the first shard.
 
     Raises:
         DataError: the text is too short for one row, cannot be split, or has nothing to learn.
     """
+    seed = training.seed
     if options.augment_word_swap:
         texts = texts.augmented(seed)
     store = _store(texts.train, reading, display)
@@ -200,6 +217,8 @@ def tokenize(texts: Texts, reading: Reading, options: DataOptions, seed: int, di
         mask = held_out(store.digests, store.num_bytes, texts.val_split)
         val_documents, documents = everything[mask], everything[~mask]
     rows = _rows(store, documents, options, seed, shuffle=True)
+    if options.streaming:
+        rows = _stream(texts.train, rows, reading, options, training)
     validation = None
     if len(val_documents):
         validation = validation_rows(val_store, options, seed, val_documents)
@@ -213,6 +232,34 @@ def tokenize(texts: Texts, reading: Reading, options: DataOptions, seed: int, di
         longest=int(lengths.max()),
         without_end=store.without_end,
     )
+
+
+def _stream(
+    first: Source, first_rows: Rows, reading: Reading, options: DataOptions, training: TrainingOptions
+) -> StreamedRows:
+    """Rows of all shards, as many as the run takes."""
+    assert options.data is not None
+    names, folder = find_shards(options.data), cache_folder() / STREAMING
+
+    def open_file(path: str) -> Source:
+        return open_source(path, text_column=options.text_column, document=options.document, format=first.format)
+
+    def open_rows(number: int) -> ShardRows:
+        if number == 0:
+            return ShardRows(first_rows, None)
+        store = open_store(open_shard(names[number], first, folder, open_file), reading, cache=folder)
+        documents = np.arange(store.num_documents)
+        return ShardRows(_rows(store, documents, options, training.seed, shuffle=True), store.path)
+
+    def wanted(targets: float) -> int:
+        limits = []
+        if training.max_steps is not None:
+            limits.append(training.max_steps * training.rows_per_step)
+        if training.max_tokens is not None:
+            limits.append(math.ceil(training.max_tokens / targets))
+        return min(limits)
+
+    return StreamedRows(len(names), open_rows, training.seed, wanted)
 
 
 def validation_rows(

@@ -24,7 +24,7 @@ from seedbed.model.weights import load_decoder, read_config, weights_fingerprint
 from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.announce import banner
-from seedbed.train.corpus import Corpus, Texts, open_texts, require_a_row, tokenize
+from seedbed.train.corpus import Corpus, Texts, open_training_texts, require_a_row, tokenize
 from seedbed.train.ingredients import Ingredients, require_room, saved_tokenizer, template_for, with_template
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
@@ -67,9 +67,9 @@ def prepare(config: Config, folder: Path, display: Display, saved: Tokenizer | N
     """Read the texts as the model in `folder` will see them; with a run, its banner is shown."""
     shape = base_shape(folder)
     config = fit_context(config, shape)
-    data, adapt, seed = config.data, config.adapt, config.training.seed
+    data, adapt = config.data, config.adapt
     adapter = make_adapter(shape, adapt) if config.with_lora else None
-    texts = open_texts(data)
+    texts = open_training_texts(data)
     require_a_row(texts, data.max_seq_len)
     if run is not None:
         banner(display, config, texts, run)
@@ -84,7 +84,7 @@ def prepare(config: Config, folder: Path, display: Display, saved: Tokenizer | N
         )
     tokenizer = with_template(saved or known, template, adapt.add_tokens)
     template = template_for(config, texts, tokenizer)  # under the tokenizer that knows its tokens
-    corpus = tokenize(texts, Reading(tokenizer, template, data.train_on_prompt), data, seed, display)
+    corpus = tokenize(texts, Reading(tokenizer, template, data.train_on_prompt), data, config.training, display)
     return Prepared(config, shape, adapter, texts, known, tokenizer, template, corpus)
 
 

@@ -15,6 +15,7 @@ from seedbed import distributed
 from seedbed.config import TrainingOptions, WatchOptions
 from seedbed.data.batches import Batch, collate
 from seedbed.data.rows import NO_TARGET, Row, Rows
+from seedbed.data.streaming import StreamedRows
 from seedbed.device import Precision
 from seedbed.model.decoder import Decoder
 from seedbed.parallel import Spread
@@ -159,6 +160,8 @@ def own_batches(rows: Rows, epoch: int, start: int, end: int, batch_size: int) -
     One that has fewer rows goes through the motions with a row that teaches nothing, since all wait for each other.
     """
     wanted = -(-distributed.largest_share(end - start) // batch_size)
+    if isinstance(rows, StreamedRows) and not rows.has(end):
+        distributed.together(lambda: rows.reach(end))  # the next shard takes longer than a collective waits
     first, last = distributed.share(start, end)
     yield from batches_of(rows, epoch, first, last, batch_size)
     for _ in range(wanted - -(-(last - first) // batch_size)):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from seedbed import distributed
 from seedbed.checkpoint import link_checkpoint, rotate, save_checkpoint, save_optimizer_part
+from seedbed.data.streaming import StreamedRows
 from seedbed.errors import StorageError
 from seedbed.model.decoder import Decoder
 from seedbed.optim import optimizer_tensors
@@ -129,6 +130,8 @@ class Saver:
         """What writes the weights as they are now; another name for those just saved costs next to nothing."""
         job, state = self._job, self._job.state
         state.seconds, state.scaler, state.records = self._watch.seconds, job.scaler.state_dict(), job.run.positions()
+        if isinstance(job.rows, StreamedRows):
+            state.shard_rows = job.rows.found
         newest = self.newest
         if newest and newest[0] == state.step and newest[1] != folder and distributed.on_first(newest[1].exists):
             return _by_first(partial(link_checkpoint, newest[1], folder, state.to_json()))
@@ -149,8 +152,7 @@ class Saver:
             began = self._watch.seconds
             try:
                 distributed.together(work)
-                if distributed.is_first():
-                    then()
+                distributed.together(_by_first(then))
             except (StorageError, OSError, MemoryError, RuntimeError) as error:
                 self._failure = error
             else:

@@ -18,7 +18,7 @@ from seedbed.model.weights import load_decoder, read_config
 from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.announce import banner
-from seedbed.train.corpus import Corpus, Texts, make_tokenizer, open_texts, require_a_row, tokenize
+from seedbed.train.corpus import Corpus, Texts, make_tokenizer, open_training_texts, require_a_row, tokenize
 from seedbed.train.ingredients import Ingredients, require_room, saved_tokenizer, template_for, with_template
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
@@ -57,7 +57,7 @@ def read_own_texts(config: Config, display: Display, saved: Tokenizer | None, ru
         ConfigError, DataError: what is wrong with the options or the text.
     """
     data = config.data
-    texts = open_texts(data)
+    texts = open_training_texts(data)
     require_a_row(texts, data.max_seq_len)
     if run is not None:
         banner(display, config, texts, run)
@@ -65,7 +65,7 @@ def read_own_texts(config: Config, display: Display, saved: Tokenizer | None, ru
     template = template_for(config, texts, tokenizer)
     tokenizer = with_template(tokenizer, template)
     template = template_for(config, texts, tokenizer)  # under the tokenizer that knows its tokens
-    corpus = tokenize(texts, Reading(tokenizer, template, data.train_on_prompt), data, config.training.seed, display)
+    corpus = tokenize(texts, Reading(tokenizer, template, data.train_on_prompt), data, config.training, display)
     return OwnTexts(texts, tokenizer, template, corpus)
 
 

@@ -44,6 +44,8 @@ class TrainingState:
     """Steps, from 0, whose rows are passed over."""
     micro_batch_size: int | None = None
     """Rows at once, since more of them ran out of memory; None: as configured."""
+    shard_rows: list[int] = field(default_factory=list)
+    """Of a text that is streamed, the rows of the shards so far: where in them the run is."""
     forgetting: dict[str, float] = field(default_factory=dict)
     """How much worse each earlier domain is than when the run began, as a share; negative is better."""
     scaler: dict[str, Any] = field(default_factory=dict)

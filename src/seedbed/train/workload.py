@@ -12,6 +12,7 @@ import torch
 from seedbed.config import STRENGTHS, Config, KeepOptions
 from seedbed.data.batches import Batch
 from seedbed.data.rows import Rows
+from seedbed.data.streaming import StreamedRows
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder
 from seedbed.train.job import batches_of
@@ -69,8 +70,9 @@ def look_at(run: Workload) -> Look:
         segments = (places >= width // 2).long() if run.config.data.packing else None
         return Look(Batch(ids, ids, places, segments), width, width, 0.0)
     run.rows.row(0, 0)  # the first one puts the epoch in order
-    count = max(1, min(LOOKED_AT, len(run.rows) // size))
-    starts = [number * (len(run.rows) - size) // max(1, count - 1) for number in range(count)]
+    ready = run.rows.num_ready if isinstance(run.rows, StreamedRows) else len(run.rows)
+    count = max(1, min(LOOKED_AT, ready // size))
+    starts = [number * (ready - size) // max(1, count - 1) for number in range(count)]
     began = time.perf_counter()
     batches = [next(batches_of(run.rows, 0, max(0, at), min(at + size, len(run.rows)), size)) for at in starts]
     seconds = (time.perf_counter() - began) / count

@@ -32,6 +32,8 @@ DATA = TEXT | {
     "--no_train_on_prompt",
     "--augment_word_swap",
     "--no_augment_word_swap",
+    "--streaming",
+    "--no_streaming",
 }
 PRETRAINED = {"--model", "--dropout"}
 MODEL = PRETRAINED | {
