@@ -18,7 +18,7 @@ from seedbed import checkpoint, distributed
 from seedbed.cli import app
 from seedbed.runs.folder import read_records, read_summary
 from seedbed.train import saving, step
-from tests.runs.conftest import TINY, events
+from tests.runs.conftest import KEEPING, TINY, events
 from tests.runs.processes import start_together, wait_for
 
 OPTIONS: dict[str, Any] = {**TINY, "eval_every": 4, "save_every": 4, "max_steps": 10, "learning_rate": 3e-3}
@@ -138,6 +138,35 @@ def test_instructions_with_an_adapter(
     assert together(2, tmp_path / "two", "finetune", batch_size=2, parallel=parallel, **options) == [0, 0]
     same_curve(tmp_path / "two", tmp_path / "one")
     assert checkpoint.load_model(tmp_path / "two")[0].adapter
+
+
+@pytest.mark.parametrize("method", ["replay,l2_sp,interpolate", "ewc,kl", "self_replay"])
+def test_a_domain_is_added(
+    together: Together,
+    pretrained: Callable[[str], Path],
+    domain_text: Callable[[str], Path],
+    tmp_path: Path,
+    method: str,
+) -> None:
+    options: dict[str, Any] = {
+        "model": pretrained("llama"),
+        "data": domain_text("code"),
+        "domain": "code",
+        "general_data": domain_text("docs"),
+        "method": method,
+        **KEEPING,
+    }
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert together(1, one, "continue", **{**options, "batch_size": 8}) == [0]
+    assert together(2, two, "continue", **options, stop_at_step=2) == [75, 75]
+    assert together(2, two, "continue", **options) == [0, 0]
+    same_curve(two, one)
+    domains, expected = (read_summary(run)["domains"] for run in (two, one))
+    assert domains.keys() == expected.keys() == {"base", "code"}
+    for name in domains:
+        assert domains[name]["after"] == pytest.approx(expected[name]["after"], abs=EQUAL)
+    assert checkpoint.damage(two / "checkpoints/final") == []
+    assert not list(two.rglob("*.tmp"))
 
 
 def test_half_precision_and_whole_matrices(together: Together, tmp_path: Path) -> None:

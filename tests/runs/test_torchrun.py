@@ -28,7 +28,7 @@ LENGTH: dict[str, Any] = {
     "eval_every": 100,
     "save_every": 10,
 }
-LOST_AFTER = "12"
+LOST_AFTER = "8"
 OVER_TIME = 1e-3  # rounding grows from step to step
 HOSTS = {"sbed-a": "10.77.0.1", "sbed-b": "10.77.0.2"}
 

@@ -131,13 +131,11 @@ def pick_method(config: Config, device: torch.device) -> Method:
     """
     if distributed.size() == 1:
         return "ddp"
-    if config.continues:
-        raise ConfigError("seedbed continue learns in one process; start it without torchrun")
     if config.watching.async_save:
         raise ConfigError("--async_save is for one process; leave it out, or start without torchrun")
     if config.training.parallel != "auto":
         return config.training.parallel
-    if device.type != "cuda" or config.with_lora or config.training.optimizer != "adamw":
+    if device.type != "cuda" or config.with_lora or config.continues or config.training.optimizer != "adamw":
         return "ddp"
     scratch = config.regime == "scratch"
     shape = decoder_config(config.model, config.data, ASSUMED_VOCAB) if scratch else planned_shape(config.model.model)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seedbed import distributed
 from seedbed.adapter import CONFIG_FILE as ADAPTER_FILE
 from seedbed.checkpoint import link_checkpoint, load_model, read_optimizer, read_state, save_checkpoint
 from seedbed.device import peak_memory_mb
@@ -58,7 +59,7 @@ class Conclusion:
             report(stage, display)
             for finding in forgotten(stage):
                 job.run.event("finding", job.state.step, **finding.to_json())
-        link_checkpoint(best, best.with_name("final"), read_state(best))
+        distributed.on_first(lambda: link_checkpoint(best, best.with_name("final"), read_state(best)))
         job.results.update(results(stage))
         return True
 
@@ -93,7 +94,7 @@ class Conclusion:
             after=after,
         )
         if folder is not None and share == 1:
-            self._publish(folder, best, read_state(folder), stage)
+            distributed.on_first(lambda: self._publish(folder, best, read_state(folder), stage))
             return stage
         if job.validation is not None:
             loss = held_out_loss(job, job.validation.rows, request, display)
@@ -103,6 +104,11 @@ class Conclusion:
         # A run that goes on from these weights must not train them any more: the state is that of the last step.
         job.state.best_step = read_state(folder)["step"] if folder else 0
         job.state.records = job.run.positions()
+        distributed.on_first(lambda: self._write(job, folder, best, stage))
+        return stage
+
+    def _write(self, job: Job, folder: Path | None, best: Path, stage: Stage) -> None:
+        """Make `best/` of the weights at hand; without a checkpoint they are those of the model as it was."""
         model, tokenizer = (job.model, job.tokenizer) if folder else self._as_it_was(job)
         optimizer = read_optimizer(folder) if folder else {}
         made = best.with_name(".concluded.tmp")
@@ -111,7 +117,6 @@ class Conclusion:
             self._publish(made, best, job.state.to_json(), stage if folder else None)
         finally:
             shutil.rmtree(made, ignore_errors=True)
-        return stage
 
     def _settle(self, job: Job, folder: Path | None, display: Display, request: StopRequest) -> float | None:
         """Give the job's model the weights to end with; returns the share of the new ones, None after a signal."""

@@ -6,10 +6,14 @@ weights interpolated at the end. Learning rates are warmed up again and decay ag
 
 from __future__ import annotations
 
+import atexit
 import math
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from seedbed import distributed
 from seedbed.adapter import CONFIG_FILE as ADAPTER_FILE
 from seedbed.checkpoint import find_base
 from seedbed.config import STRENGTHS, Config
@@ -23,7 +27,7 @@ from seedbed.train.holding import make_anchors, reading_of, rows_with_replay
 from seedbed.train.ingredients import Ingredients, saved_tokenizer
 from seedbed.train.job import Earlier, Keeping, Validation
 from seedbed.train.measure import Meter, measure
-from seedbed.train.memory import Memory, begin_memory, recall, refuse_overlap
+from seedbed.train.memory import FISHER_FILE, SELF_REPLAY_FILE, Memory, begin_memory, recall, refuse_overlap
 from seedbed.train.methods import choose_methods, inherit_learning_rate
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
@@ -36,7 +40,7 @@ def from_earlier_model(start: Start, config: Config, display: Display) -> Ingred
     Raises:
         ConfigError, DataError, CheckpointError: what is wrong, before any training.
     """
-    run = start.run.path
+    run = _own_folder(start.run.path)
     memory = recall(run, config)
     begun = memory is not None
     memory = memory or begin_memory(config, run, display)
@@ -80,6 +84,21 @@ def from_earlier_model(start: Start, config: Config, display: Display) -> Ingred
         conclude=Conclusion(memory, texts, load_old, bool(config.keeping.interpolate), _limit(config)),
     )
     return Ingredients(config, made.texts, made.tokenizer, made.template, made.corpus, model, rows, keeping)
+
+
+def _own_folder(run: Path) -> Path:
+    """Where this process keeps the texts and the figures of the run: the first in the run, others beside it, alike."""
+    own = run
+    if not distributed.is_first():
+        own = Path(tempfile.mkdtemp(prefix="seedbed-"))
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        for name in ("config.yaml", "history", SELF_REPLAY_FILE, FISHER_FILE):
+            if (run / name).is_dir():
+                shutil.copytree(run / name, own / name)
+            elif (run / name).exists():
+                shutil.copyfile(run / name, own / name)
+    distributed.together(lambda: None)  # before the first one changes them
+    return own
 
 
 def _account(config: Config) -> dict[str, object]:

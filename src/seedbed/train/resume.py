@@ -80,7 +80,13 @@ def open_run(config: Config) -> Start | AlreadyFinished:
         return _told(opened[0])
 
     told = distributed.on_first(open_here)
+    distributed.together(lambda: _require_shared(Path(told["path"])))
     return opened[0] if opened else _understood(config, told)
+
+
+def _require_shared(path: Path) -> None:
+    if not path.is_dir():
+        raise ConfigError(f"--output {path}: not here; it must be on a disk that all machines of a run share")
 
 
 def _told(opened: Start | AlreadyFinished) -> dict[str, Any]:
@@ -100,8 +106,6 @@ def _told(opened: Start | AlreadyFinished) -> dict[str, Any]:
 
 def _understood(config: Config, told: dict[str, Any]) -> Start | AlreadyFinished:
     path = Path(told["path"])
-    if not path.is_dir():
-        raise ConfigError(f"--output {path}: not here; it must be on a disk that all machines of a run share")
     if "summary" in told:
         return AlreadyFinished(path, told["summary"])
     config = replace(config, regime=told["regime"]).adopt(told["values"], told["sources"])
