@@ -16,7 +16,7 @@ from seedbed.config import Config
 from seedbed.data import WholeRows
 from seedbed.data.conversations import from_document
 from seedbed.data.streaming import StreamedRows
-from seedbed.device import envelope, pick_device, pick_precision
+from seedbed.device import envelope, keep_memory, pick_device, pick_precision
 from seedbed.errors import ConfigError
 from seedbed.findings import Finding, sift
 from seedbed.model.config import DecoderConfig
@@ -61,6 +61,8 @@ def build_job(start: Start, display: Display) -> Job:
     if config.training.processes is None:
         config = config.update("this machine", processes=distributed.size())
     method = pick_method(config, device)
+    if method == "ddp":  # parts of weights come and go in sizes that never fit again
+        keep_memory()
     with distributed.weights_in_first_only(method == "fsdp"):
         made = gatherer(config)(start, config, display)
     config, corpus, training, watching = made.config, made.corpus, made.config.training, made.config.watching

@@ -104,6 +104,7 @@ class Footprint:
             gradients=self.gradients / processes + block + ends,
             optimizer=self.optimizer / processes,
             cache=0.0,
+            saving=self.saving + self.weights,  # in the first process
         )
 
     def parts_mb(self, rows: int) -> dict[str, float]:
