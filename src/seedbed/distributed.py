@@ -18,15 +18,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from seedbed import errors
 from seedbed.errors import ConfigError, LostProcessError, SeedbedError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 
 def seconds_of(name: str, usual: float) -> float:
@@ -180,6 +181,9 @@ class _Group:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self._node = os.environ.get("GROUP_RANK", "0")
         self._turn = 0
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             store, self.rank, self.size = next(rendezvous("env://"))
@@ -357,7 +361,7 @@ class _PatientStore:
         RuntimeError: it gave no answer.
     """
 
-    def __init__(self, store: PrefixStore) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
 
     def check(self, key: str) -> bool:
@@ -402,6 +406,8 @@ def _attempt() -> str:
 
 def is_lost(error: BaseException) -> bool:
     """Whether a collective failed because of another process; gloo has no type of its own for it."""
+    if not dist.is_available():  # some builds of torch are for one process
+        return False
     known = isinstance(error, dist.DistError) and not isinstance(error, torch.OutOfMemoryError)
     words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
     return known or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))

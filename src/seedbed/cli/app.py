@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 import click
 
 from seedbed import __version__
+from seedbed.cli.console import is_first
 from seedbed.errors import SeedbedError
 
 VERBS = {
@@ -89,8 +89,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _show(error: SeedbedError) -> None:
     """Once, of the processes that torchrun started together."""
-    beside = int(os.environ.get("RANK", "0")) > 0
-    if beside if error.told is None else error.told:
+    if not is_first() if error.told is None else error.told:
         return
     for line in str(error).splitlines():
         click.echo(f"error: {line}", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,14 @@ def make_console(as_json: bool) -> Console:
     return Console(stderr=as_json)
 
 
+def is_first() -> bool:
+    """Whether this process prints results; of those that torchrun started together, one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_json(result: Mapping[str, Any]) -> None:
-    click.echo(json.dumps(result, allow_nan=False))
+    if is_first():
+        click.echo(json.dumps(result, allow_nan=False))
 
 
 def print_facts(facts: Mapping[str, object]) -> None:

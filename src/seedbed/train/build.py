@@ -61,6 +61,8 @@ def build_job(start: Start, display: Display) -> Job:
     if config.training.processes is None:
         config = config.update("this machine", processes=distributed.size())
     method = pick_method(config, device)
+    if distributed.size() == 1 and config.is_given("parallel"):
+        display.line("One process: --parallel has nothing to share; start several with torchrun (docs/distributed.md)")
     if method == "ddp":  # parts of weights come and go in sizes that never fit again
         keep_memory()
     with distributed.weights_in_first_only(method == "fsdp"):

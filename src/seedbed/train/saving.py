@@ -139,17 +139,25 @@ class Saver:
         put_apart(job.model)
         weights = Weights(job.model, optimizer_tensors(job.model, job.optimizer), state.to_json())
         if is_sharded(job.model):
-            return partial(_save_parts, folder, job, weights)
+            return self._timed(partial(_save_parts, folder, job, weights))
         if copied:
             weights = weights.copied()
         model, optimizer, values = weights.model, weights.optimizer, weights.state
         companions = job.keeping.companions
-        return _by_first(partial(save_checkpoint, folder, model, job.tokenizer, optimizer, values, companions))
+        write = partial(save_checkpoint, folder, model, job.tokenizer, optimizer, values, companions)
+        return self._timed(_by_first(write))
+
+    def _timed(self, write: Act) -> Act:
+        def timed() -> None:
+            began = self._watch.seconds
+            write()
+            self.seconds = max(self._watch.seconds - began, 0.9 * self.seconds)
+
+        return timed
 
     def _try(self, work: Act, then: Act) -> None:
         for pause in PAUSES:
             time.sleep(pause)
-            began = self._watch.seconds
             try:
                 distributed.together(work)
                 distributed.together(_by_first(then))
@@ -157,7 +165,6 @@ class Saver:
                 self._failure = error
             else:
                 self._failure = None
-                self.seconds = max(self._watch.seconds - began, 0.9 * self.seconds)
                 return
 
     def _is_settled(self, *, last: bool = False) -> bool:
