@@ -27,7 +27,7 @@ from seedbed import errors
 from seedbed.errors import ConfigError, LostProcessError, SeedbedError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 
 def seconds_of(name: str, usual: float) -> float:
