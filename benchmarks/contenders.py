@@ -190,6 +190,8 @@ def generation(place: Place, batch: int) -> Job:
         peer(place, "transformers bf16, static cache", script, *flags, "--bf16", "--static"),
         peer(place, "transformers bf16, static cache, compile", script, *flags, "--bf16", "--static", "--compile"),
     ]
+    if batch == 1:  # the only one it does this for
+        contenders.append(peer(place, "transformers bf16, prompt lookup", script, *flags, "--bf16", "--lookup"))
     return Job(f"Greedy generation, SmolLM2-135M-Instruct, 128 new tokens, batch {batch}", "tokens/s", contenders)
 
 

@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--static", action="store_true", help="a static cache")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--lookup", action="store_true", help="guesses from the text so far, of five tokens")
     flags = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(flags.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or END
@@ -29,7 +30,9 @@ def main() -> None:
     if flags.compile:
         model.forward = torch.compile(model.forward)
     prompts = tokenizer(passages(flags.text, flags.batch), padding=True, return_tensors="pt")
-    options = {"cache_implementation": "static"} if flags.static else {}
+    options: dict[str, Any] = {"cache_implementation": "static"} if flags.static else {}
+    if flags.lookup:
+        options["prompt_lookup_num_tokens"] = 5
     seconds = []
     for _ in range(1 + flags.timed):
         began = time.perf_counter()

@@ -161,7 +161,7 @@ def test_decoding_prompts_of_unequal_lengths(reference: Any, folder: Path, ids: 
         rows = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
         logits = [model.read(rows, T)]
         for step in range(steps):
-            logits.append(model.step(ids[range(3), [length + step for length in lengths]]))
+            logits.append(model.step(ids[range(3), [length + step for length in lengths]][:, None])[:, 0])
         for row, length in enumerate(lengths):
             theirs = reference(ids[row : row + 1]).logits[0, length - 1 : length + steps]
             assert_close(torch.stack(logits, dim=1)[row], theirs)

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from seedbed.config import SamplingOptions
@@ -12,6 +14,7 @@ from seedbed.errors import ConfigError
 from seedbed.generate import TextStream, generate
 from seedbed.model.config import from_scratch
 from seedbed.model.decoder import Decoder
+from seedbed.model.decoding import DecodingModel
 from seedbed.text.tokenizer import Tokenizer, train_bpe
 
 POEM = "Zwölf große Füchse 🦊 jagten den Mond 🌕 über das Eis, und der Mond ❄ lachte: 你好!"
@@ -148,6 +151,40 @@ def test_rows_do_not_depend_on_each_other_in_bfloat16_either(model: Decoder, tok
         together = generate(model, tokenizer, prompts, SAMPLED)
         assert together == [generate(model, tokenizer, [prompt], SAMPLED)[0] for prompt in prompts]
     assert together != generate(model, tokenizer, prompts, SAMPLED)  # autocast is heard
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"greedy": True, "repetition_penalty": 1.0},
+        {"greedy": True, "no_repeat_ngram": 30, "stop": ("zz",)},
+        {"temperature": 0.3, "repetition_penalty": 1.02},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_guesses_change_nothing_but_the_number_of_steps(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    changes: dict[str, Any],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = SamplingOptions(max_new_tokens=90, **changes)
+    prompts = ["", "plain words, plain words, plain", POEM[:30], "Zwölf Zwölf Zw"]
+    steps = 0
+    step = DecodingModel.step
+
+    def counted(self: DecodingModel, tokens: Tensor) -> Tensor:
+        nonlocal steps
+        steps += 1
+        return step(self, tokens)
+
+    monkeypatch.setattr(DecodingModel, "step", counted)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        guessed, taken = generate(model, tokenizer, prompts, options), steps
+        monkeypatch.setattr("seedbed.lookup.Lookup.guess", lambda *_: [])
+        assert generate(model, tokenizer, prompts, options) == guessed
+    assert taken < steps - taken
 
 
 def test_the_seed_decides_and_a_repeated_prompt_differs(model: Decoder, tokenizer: Tokenizer) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(seedbed.__file__).parent
 LAYERS = [
     {"errors", "findings", "parsing"},
     {"config"},
-    {"runs", "text", "schedule"},
+    {"runs", "text", "schedule", "lookup"},
     {"sampling", "loss", "optim", "device", "data", "model", "lora", "lowbit", "freeze", "distributed", "parallel"},
     {"checkpoint", "evaluate", "generate", "adapter", "export"},
     {"train", "judge", "sweep"},
@@ -31,7 +31,7 @@ LAYERS = [
 
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
-WITHOUT_TORCH = ("config", "findings", "parsing", "runs", "text", "errors", "schedule", "sweep")
+WITHOUT_TORCH = ("config", "findings", "parsing", "runs", "text", "errors", "schedule", "lookup", "sweep")
 
 
 def modules() -> dict[str, Path]:

@@ -78,8 +78,7 @@ def log_likelihoods(model: DecodingModel, prompt: Sequence[int], replies: Sequen
         model.repeat(len(replies))
         padded = [[*reply, *[0] * (width - len(reply))] for reply in replies]
         tokens = torch.tensor(padded, device=first.device)  # (N, W)
-        rest = [model.step(column) for column in tokens[:, :-1].unbind(1)]  # (N, V) each
-        logits = torch.stack([first.expand(len(replies), -1), *rest], dim=1)  # (N, W, V)
+        logits = torch.cat([first.expand(len(replies), 1, -1), model.step(tokens[:, :-1])], dim=1)  # (N, W, V)
         chosen = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].cpu()  # (N, W)
     real = torch.tensor([[place < len(reply) for place in range(width)] for reply in replies])  # (N, W)
     return (chosen * real).sum(-1)

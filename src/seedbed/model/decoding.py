@@ -1,6 +1,6 @@
 """A decoder made ready to write: weights laid out for few tokens at a time, keys and values kept.
 
-B batch   T tokens of the prompts   S slots of the cache   N linear layers joined   D d_model   V vocabulary
+B batch   T tokens of the prompts   N tokens added to a row   S slots of the cache   D d_model   V vocabulary
 H query heads   K key-value heads   G query heads of each key-value head   E head_dim
 """
 
@@ -17,18 +17,21 @@ from seedbed.device import product_type
 from seedbed.model.attention import RMSNorm, rotation
 from seedbed.model.decoder import AdaptedLinear, Block, Decoder, GeluMLP
 
-# Kernels sum in another order for one row than for several, and for sequences of another length modulo 16. With
-# two rows or more, and lengths rounded up, a row's numbers are the same whatever is beside it: bit for bit in all
-# families up to some 500 tokens; beyond, one shape of grouped heads was seen to differ in the last bit.
-LEAST_ROWS: Final = 2
+# Kernels sum in another order for less than four rows, for sequences of another length modulo 16, and for sums of
+# more than some 190 products. With four rows or more, lengths rounded up, and values summed part by part, a row's
+# numbers are the same whatever is beside it and however many of its tokens are read at once: bit for bit in all
+# families; only in reading prompts of more than some 500 tokens was one shape of grouped heads seen to differ in the
+# last bit. Four rows are also faster than two.
+LEAST_ROWS: Final = 4
 ROUNDED_TO: Final = 32
+SUMMED_AT_ONCE: Final = 128
 
 Linear = Callable[[Tensor], Tensor]  # (..., in) to (..., out)
-Turn = tuple[Tensor, Tensor]  # what heads and their swapped halves are multiplied by, each (B or T, 1, E)
+Turn = tuple[Tensor, Tensor]  # what heads and their swapped halves are multiplied by, each (T, 1, E) or (B, N, 1, E)
 
 
 class DecodingModel:
-    """A `Decoder` for rows that grow by a token at a time.
+    """A `Decoder` for rows that grow by a few tokens at a time.
 
     Products run in `dtype`, the residual stream and the norms in float32, as under autocast. A row's tokens stand
     in the first slots of its cache, and nothing is computed from the other rows. To use inside
@@ -36,7 +39,7 @@ class DecodingModel:
 
         decoding = DecodingModel(model, torch.bfloat16)
         logits = decoding.read([[5, 6, 7], [8]], max_len=64)  # (2, V)
-        logits = decoding.step(logits.argmax(-1))  # (2, V)
+        logits = decoding.step(logits.argmax(-1, keepdim=True))  # (2, 1, V)
 
     Args:
         model: its adapters are added to the weights beside them; later changes of the weights are not seen.
@@ -63,60 +66,74 @@ class DecodingModel:
             (B, V) float32, the logits of what follows.
         """
         c, device = self._config, self._device
-        rows = [*prompts, *[[0]] * (LEAST_ROWS - len(prompts))]
-        self._asked, width = len(prompts), _rounded(max(map(len, prompts)))
+        self._lengths = [len(prompt) for prompt in prompts]
+        width, self._max_len = _rounded(max(self._lengths)), max_len
         # What fills up a short row comes after it: its own tokens never look there.
-        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)  # (B, T)
-        self._lengths = torch.tensor([len(row) for row in rows], device=device)  # (B,)
-        self._longest, self._max_len = max(map(len, prompts)), max_len
-        shape = (len(self._blocks), len(rows) * c.num_kv_heads, _rounded(max_len), c.head_dim)
-        # Attention to one token is faster in float32 on a CPU.
+        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in prompts], device=device)  # (B, T)
+        # One slot more than asked for: what is added beyond the others goes there.
+        shape = (len(self._blocks), len(prompts) * c.num_kv_heads, _rounded(max_len + 1), c.head_dim)
+        # Attention to few tokens is faster in float32 on a CPU.
         kept = torch.float32 if device.type == "cpu" else self._dtype
         self._keys = torch.zeros(shape, dtype=kept, device=device)
         self._values = torch.zeros(shape, dtype=kept, device=device)
-        slots = torch.arange(shape[2], device=device).clamp(max=c.max_seq_len - 1)
-        cos, sin = (x[0, 0] for x in rotation(slots[None], c.head_dim, c.rope_theta))  # (S, E/2)
+        positions = torch.arange(shape[2], device=device).clamp(max=c.max_seq_len - 1)  # (S,)
+        cos, sin = (x[0, 0] for x in rotation(positions[None], c.head_dim, c.rope_theta))  # (S, E/2)
         self._cos, self._sin = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]  # (S, 1, E)
 
-        x = self._embed(tokens, slots[:width])  # (B, T, D)
-        turn = self._turn(slots[:width])
+        x = self._embed(tokens, positions[:width])  # (B, T, D)
+        turn = self._turn(positions[:width])
         for layer, block in enumerate(self._blocks):
             q, k, v = block.heads(x, turn)  # (B, T, H, E), (B, T, K, E) twice
             self._keys[layer, :, :width] = k.transpose(1, 2).flatten(0, 1)
             self._values[layer, :, :width] = v.transpose(1, 2).flatten(0, 1)
             x = block.after(x, _attend_within(*(h.to(self._dtype) for h in (q, k, v))))
-        return self._logits(x[torch.arange(len(rows), device=device), self._lengths - 1])
+        last = torch.tensor(self._lengths, device=device) - 1
+        x = _at_least(x[torch.arange(len(prompts), device=device), last])  # (B or more, D)
+        return self._logits(x)[: len(prompts)]
 
     def repeat(self, times: int) -> None:
         """Go on with so many copies of the row that was read, which must be the only one."""
-        assert self._asked == 1, f"{self._asked} rows"
-        rows, heads = max(times, LEAST_ROWS), self._config.num_kv_heads
-        self._keys, self._values = (x[:, :heads].repeat(1, rows, 1, 1) for x in (self._keys, self._values))
-        self._lengths, self._asked = self._lengths[:1].repeat(rows), times
+        assert len(self._lengths) == 1, f"{len(self._lengths)} rows"
+        self._keys, self._values = (x.repeat(1, times, 1, 1) for x in (self._keys, self._values))
+        self._lengths *= times
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Add a token to every row, (B,), and give the logits of what follows, (B, V) float32.
+        """Add tokens to every row, (B, N), and give the logits of what follows each of them, (B, N, V) float32.
 
-        A row that is full loses its last token.
+        A row may be given more than it has slots for; the logits after those mean nothing.
         """
-        tokens = F.pad(tokens, (0, len(self._lengths) - len(tokens)))
-        slots = self._lengths.clamp(max=self._max_len - 1)  # (B,)
-        self._lengths, self._longest = slots + 1, min(self._longest + 1, self._max_len)
-        by_head = slots.repeat_interleave(self._config.num_kv_heads)  # (B * K,)
-        seen = torch.arange(_rounded(self._longest), device=self._device) <= by_head[:, None, None]  # (B * K, 1, S)
-        mask = torch.zeros(seen.shape, dtype=self._keys.dtype, device=self._device).masked_fill_(~seen, float("-inf"))
-        places = torch.arange(len(by_head), device=self._device) * self._keys.shape[2] + by_head  # among all slots
+        asked, c = tokens.shape[1], self._config
+        tokens = F.pad(tokens, (0, -(-LEAST_ROWS // len(tokens)) - asked)) if tokens.numel() < LEAST_ROWS else tokens
+        starts = torch.tensor(self._lengths, device=self._device)[:, None]
+        slots = starts + torch.arange(tokens.shape[1], device=self._device)  # (B, N)
+        slots = slots.clamp(max=self._max_len)
+        self._lengths = [min(length + asked, self._max_len) for length in self._lengths]
 
-        x = self._embed(tokens, slots)  # (B, D)
+        longest = _rounded(min(max(self._lengths) + tokens.shape[1], self._max_len + 1))
+        mask = self._mask(slots, longest)  # (B * K, N * G or more, S)
+        rows = torch.arange(len(tokens) * c.num_kv_heads, device=self._device).view(-1, 1, c.num_kv_heads)
+        places = (rows * self._keys.shape[2] + slots[..., None]).flatten()  # (B * N * K,), among all slots
+        x = self._embed(tokens, slots.clamp(max=c.max_seq_len - 1))  # (B, N, D)
         turn = self._turn(slots)
         for block, keys, values in zip(self._blocks, self._keys, self._values, strict=True):
-            q, k, v = block.heads(x, turn)  # (B, H, E), (B, K, E) twice
-            keys.flatten(0, 1).index_copy_(0, places, k.flatten(0, 1).to(keys.dtype))
-            values.flatten(0, 1).index_copy_(0, places, v.flatten(0, 1).to(keys.dtype))
-            q = q.reshape(len(keys), -1, q.shape[-1]).to(keys.dtype)  # (B * K, G, E)
-            y = _attend_back(q, keys[:, : seen.shape[2]], values[:, : seen.shape[2]], mask)  # (B * K, G, E)
-            x = block.after(x, y.view(len(tokens), -1).to(self._dtype))
-        return self._logits(x)
+            q, k, v = block.heads(x, turn)  # (B, N, H, E), (B, N, K, E) twice
+            keys.flatten(0, 1).index_copy_(0, places, k.flatten(0, 2).to(keys.dtype))
+            values.flatten(0, 1).index_copy_(0, places, v.flatten(0, 2).to(keys.dtype))
+            y = _attend_back(q.to(keys.dtype), keys[:, :longest], values[:, :longest], mask)  # (B, N, H * E)
+            x = block.after(x, y.to(self._dtype))
+        return self._logits(x)[:, :asked]
+
+    def forget(self, counts: Sequence[int]) -> None:
+        """Take back so many of the newest tokens of each row, B of them."""
+        self._lengths = [length - count for length, count in zip(self._lengths, counts, strict=True)]
+
+    def _mask(self, slots: Tensor, longest: int) -> Tensor:
+        """What each query head adds to its scores: 0 up to its own slot, (B, N), and -inf after it."""
+        c = self._config
+        seen = torch.arange(longest, device=self._device) <= slots[:, None, :, None, None]  # (B, 1, N, 1, S)
+        mask = torch.zeros(seen.shape, dtype=self._keys.dtype, device=self._device).masked_fill_(~seen, float("-inf"))
+        mask = mask.expand(-1, c.num_kv_heads, -1, c.num_heads // c.num_kv_heads, -1)  # (B, K, N, G, S)
+        return _at_least(mask.flatten(2, 3).flatten(0, 1))
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x: Tensor = self._model.embed_tokens(tokens).float()
@@ -128,7 +145,7 @@ class DecodingModel:
         return self._cos[positions], self._sin[positions]
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self._head(self._final_norm(x))[: self._asked].float()
+        return self._head(self._final_norm(x)).float()
 
 
 class _DecodingBlock:
@@ -190,9 +207,24 @@ def _attend_within(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attend_back(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The heads (B * K, G, E) that share keys and values (B * K, S, E), which no kernel repeats, to (B * K, G, E)."""
-    scores = torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5)  # (B * K, G, S)
-    return torch.bmm(scores.softmax(-1), v)
+    """The heads (B, N, H, E) that share keys and values (B * K, S, E), which no kernel repeats, to (B, N, H * E)."""
+    batch, added, heads, size = q.shape
+    grouped = q.view(batch, added, len(k) // batch, -1, size).transpose(1, 2)  # (B, K, N, G, E)
+    q = _at_least(grouped.reshape(len(k), -1, size))  # (B * K, N * G or more, E)
+    scores = torch.baddbmm(mask, q, k.mT, alpha=size**-0.5)  # (B * K, N * G or more, S)
+    shares = scores.softmax(-1)
+    y = torch.bmm(shares[:, :, :SUMMED_AT_ONCE], v[:, :SUMMED_AT_ONCE])
+    for first in range(SUMMED_AT_ONCE, k.shape[1], SUMMED_AT_ONCE):
+        slots = slice(first, first + SUMMED_AT_ONCE)
+        y.baddbmm_(shares[:, :, slots], v[:, slots])
+    y = y[:, : added * heads * batch // len(k)]  # (B * K, N * G, E)
+    return y.view(batch, -1, added, heads * batch // len(k) * size).transpose(1, 2).flatten(2)
+
+
+def _at_least(x: Tensor) -> Tensor:
+    """(..., rows, columns) with rows of zeros where there are too few."""
+    missing = LEAST_ROWS - x.shape[-2]
+    return x if missing <= 0 else F.pad(x, (0, 0, 0, missing))
 
 
 def _norm(norm: nn.Module, dtype: torch.dtype) -> Linear:

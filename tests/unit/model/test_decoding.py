@@ -61,7 +61,7 @@ def decoded(model: Decoder, rows: list[list[int]], dtype: torch.dtype = torch.fl
     with evaluation_mode(model):
         decoding = DecodingModel(model, dtype)
         logits = [decoding.read([row[: 1 - FED] for row in rows], max(map(len, rows)))]
-        logits += [decoding.step(torch.tensor([row[at] for row in rows])) for at in range(1 - FED, 0)]
+        logits += [decoding.step(torch.tensor([[row[at]] for row in rows]))[:, 0] for at in range(1 - FED, 0)]
         return torch.stack(logits, dim=1)
 
 
@@ -120,8 +120,40 @@ def test_a_row_that_is_full_leaves_the_others_alone(model: Decoder) -> None:
     with evaluation_mode(model):
         decoding = DecodingModel(model, torch.float32)
         decoding.read([full, short[: 1 - FED]], POSITIONS)
-        logits = [decoding.step(torch.tensor([9, token]))[1] for token in short[1 - FED :]]
+        logits = [decoding.step(torch.tensor([[9], [token]]))[1, 0] for token in short[1 - FED :]]
     torch.testing.assert_close(torch.stack(logits), direct(model, [short])[0, 1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_tokens_read_at_once_are_as_if_one_by_one(batch: int, dtype: torch.dtype) -> None:
+    long = decoder(dataclasses.replace(config("llama"), max_seq_len=600))
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(301, (batch, 240), generator=generator)
+    with evaluation_mode(long):
+        decoding = DecodingModel(long, dtype)
+        starts = [[*range(30 * index + 3)] for index in range(batch)]
+        logits = []
+        for at_once in (1, 2, 6):
+            decoding.read(starts, 600)
+            logits.append(torch.cat([decoding.step(part) for part in torch.split(tokens, at_once, 1)], dim=1))
+    assert logits[0].equal(logits[1])
+    assert logits[0].equal(logits[2])
+
+
+def test_tokens_are_taken_back(model: Decoder) -> None:
+    texts = rows((9, 4))
+    with evaluation_mode(model):
+        decoding = DecodingModel(model, torch.float32)
+        decoding.read([text[: 1 - FED] for text in texts], POSITIONS)
+        fed = torch.tensor([text[1 - FED :] for text in texts])
+        decoding.step(torch.tensor([[*fed[0, :2], 8], [fed[1, 0], 7, 8]]))
+        decoding.forget([1, 2])
+        logits = decoding.step(torch.tensor([[*fed[0, 2:], 5], [*fed[1, 1:]]]))
+    for row, text in enumerate(texts):
+        first = 2 - row
+        theirs = direct(model, [text])[0, 1 + first :]
+        torch.testing.assert_close(logits[row, : len(theirs)], theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_row_goes_on_in_copies(model: Decoder) -> None:
@@ -130,7 +162,7 @@ def test_a_row_goes_on_in_copies(model: Decoder) -> None:
         decoding = DecodingModel(model, torch.float32)
         decoding.read([start], POSITIONS)
         decoding.repeat(3)
-        logits = torch.stack([decoding.step(torch.tensor(column)) for column in zip(*ends, strict=True)], dim=1)
+        logits = decoding.step(torch.tensor(ends))
     for row, end in enumerate(ends):
         torch.testing.assert_close(logits[row], direct(model, [[*start, *end]])[0, -2:], rtol=1e-4, atol=1e-4)
 
@@ -140,5 +172,5 @@ def test_it_reads_anew(model: Decoder) -> None:
         decoding = DecodingModel(model, torch.float32)
         first = decoding.read(rows(), POSITIONS)
         decoding.read([[1, 2]], 3)
-        decoding.step(torch.tensor([3]))
+        decoding.step(torch.tensor([[3]]))
         assert decoding.read(rows(), POSITIONS).equal(first)
