@@ -168,12 +168,13 @@ def lora(place: Place) -> Job:
     ).split()
     flags = ["--model", str(place.starter), "--data", str(rows)]
     best = ["--packing", "--bf16", "--no_checkpointing"]
+    few = ["--warm_up", "1", "--timed", "2"]  # packed rows are all alike, and take a minute a step
     contenders = [
         seedbed_steps("seedbed", words, 5, "--conversations"),
         seedbed_steps("seedbed `--compile`", [*words, "--compile"], 5, "--conversations"),
         peer(place, "TRL", "trl_lora.py", *flags, "--timed", "8"),
-        peer(place, "TRL packing", "trl_lora.py", *flags, "--packing", "--timed", "4"),
-        peer(place, "TRL packing, bf16, no checkpointing", "trl_lora.py", *flags, *best, "--timed", "4"),
+        peer(place, "TRL packing", "trl_lora.py", *flags, "--packing", *few),
+        peer(place, "TRL packing, bf16, no checkpointing", "trl_lora.py", *flags, *best, *few),
     ]
     title = "LoRA r 16 on all linear layers, SmolLM2-135M-Instruct, 1,100 questions and answers, 512, batch 8"
     return Job(title, "useful tokens/s", contenders)
