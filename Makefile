@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := src tests benchmarks
 
-.PHONY: demo test check fix starter instruction-table continual-table continual-cost diagnosis-table forecast-table faults waiting bench \
+.PHONY: demo test check fix starter instruction-table continual-table continual-cost diagnosis-table forecast-table faults waiting bench endurance \
 	wheel docs clean
 
 demo: $(VENV)/installed  ## train, evaluate and generate on text inside your own Python: about two minutes
@@ -62,6 +62,9 @@ bench: $(VENV)/installed-dev .peers/installed  ## docs/performance.md, measured 
 	$(BIN)/python tests/starter.py .starter
 	$(BIN)/python benchmarks/speed.py --peers .peers/bin/python --starter .starter --data $(DATA) \
 		$(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(JOBS),--jobs $(JOBS)) $(if $(REPEATS),--repeats $(REPEATS))
+
+endurance: $(VENV)/installed-dev  ## the last tables of docs/performance.md: an hour's run, 2 GB of text, memory; 90 minutes. [PARTS=text]
+	$(BIN)/python benchmarks/endurance.py $(if $(PARTS),--parts $(PARTS))
 
 docs: $(VENV)/installed-dev  ## the page of all options, made from the code
 	$(BIN)/python -m seedbed.cli.reference > docs/options.md

@@ -44,6 +44,7 @@ from seedbed.text.tokenizer import Tokenizer
 STATE = "seedbed/state.json"
 OPTIMIZER = "seedbed/optimizer.safetensors"
 MANIFEST = "seedbed/manifest.json"
+READERS = 2  # files whose digests are worked out at once
 
 
 def save_checkpoint(
@@ -110,16 +111,18 @@ def damage(folder: Path) -> list[str]:
         ) from None
     except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder}: {MANIFEST} is damaged") from None
-    problems = []
-    for name, size, digest in expected:
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name}: missing")
-        elif path.stat().st_size != size:
-            problems.append(f"{name}: {path.stat().st_size} bytes instead of {size}")
-        elif _sha256(path) != digest:
-            problems.append(f"{name}: its bytes have changed since it was written")
-    return problems
+    with ThreadPoolExecutor(READERS) as pool:
+        found = pool.map(lambda entry: _damage_of(folder, *entry), expected)
+        return [problem for problem in found if problem]
+
+
+def _damage_of(folder: Path, name: str, size: int, digest: str) -> str | None:
+    path = folder / name
+    if not path.is_file():
+        return f"{name}: missing"
+    if path.stat().st_size != size:
+        return f"{name}: {path.stat().st_size} bytes instead of {size}"
+    return None if _sha256(path) == digest else f"{name}: its bytes have changed since it was written"
 
 
 def _inside(name: str) -> str:
@@ -387,13 +390,14 @@ def _seal(folder: Path, known: Mapping[str, dict[str, Any]] = MappingProxyType({
     happened to their bytes since, the digest is of what was meant.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(1) as disk:
+    names = [path.relative_to(folder).as_posix() for path in paths]
+
+    def entry(name: str, path: Path) -> Mapping[str, Any]:
+        return known.get(name) or {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(READERS) as pool:
         flushed = disk.map(_fsync, paths)
-        names = {path.relative_to(folder).as_posix(): path for path in paths}
-        files = {
-            name: known.get(name) or {"size": path.stat().st_size, "sha256": _sha256(path)}
-            for name, path in names.items()
-        }
+        files = dict(zip(names, pool.map(entry, names, paths), strict=True))
         list(flushed)
     (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=2), encoding="utf-8")
     for path in [folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:

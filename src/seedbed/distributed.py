@@ -50,6 +50,7 @@ LOST_AFTER: Final = seconds_of("SEEDBED_LOST_AFTER", 60.0)
 PULSE: Final = LOST_AFTER / 12  # seconds between two signs of life
 PATIENCE: Final = LOST_AFTER / 6  # seconds for others to say why they ended
 GO_ON: Final = "The same command goes on from the newest checkpoint"
+S = TypeVar("S")
 T = TypeVar("T")
 
 _group: _Group | None = None
@@ -130,6 +131,13 @@ def on_first(work: Callable[[], T]) -> T:
         SeedbedError: as it was raised there.
     """
     return _group.on_first(work) if _group else work()
+
+
+def each_a_part(items: Sequence[S], work: Callable[[Sequence[S]], Sequence[T]]) -> Sequence[T]:
+    """What `work` makes of the items, plain JSON for each in their order; every process works on a part of them."""
+    start, end = share(0, len(items))
+    own = work(items[start:end])
+    return [result for part in _group.gathered(own) for result in part] if _group else own
 
 
 def together(work: Callable[[], None]) -> None:
@@ -233,8 +241,12 @@ class _Group:
             raise _raised(told["error"])
         return told["result"]  # type: ignore[no-any-return]
 
-    def together(self, work: Callable[[], None]) -> None:
+    def gathered(self, own: T) -> list[T]:
         key = self._next_key()
+        self._set(f"{key}/{self.rank}", own)
+        return [self._get(f"{key}/{other}", other) for other in range(self.size)]
+
+    def together(self, work: Callable[[], None]) -> None:
         failure: Exception | None = None
         try:
             work()
@@ -242,8 +254,7 @@ class _Group:
             if is_lost(error):
                 raise
             failure = error
-        self._set(f"{key}/{self.rank}", _described(failure) if failure else None)
-        told = [self._get(f"{key}/{other}", other) for other in range(self.size)]
+        told = self.gathered(_described(failure) if failure else None)
         if failure:
             raise failure
         for other, description in enumerate(told):

@@ -94,6 +94,9 @@ def _write(decoding: DecodingModel, rows: list[_Row], options: SamplingOptions, 
     guesses: list[list[int]] = [[] for _ in rows]
     _take(rows, guesses, logits[:, None], options, on_text)
     while going := [row for row in rows if not row.finish_reason]:
+        if len(going) <= len(rows) / 2:
+            decoding.keep([index for index, row in enumerate(rows) if not row.finish_reason])
+            rows = going
         most = MOST_ROWS // len(rows) - 1 if mean(row.lookup.luck for row in going) >= WORTH_A_GUESS else 0
         guesses = [row.guess(min(most, MOST_GUESSED)) for row in rows]
         fed = [[row.lookup.tokens[-1], *guess] for row, guess in zip(rows, guesses, strict=True)]

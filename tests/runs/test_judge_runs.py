@@ -18,7 +18,9 @@ from seedbed.config import FLAGS, Layer, resolve
 from seedbed.runs.folder import read_records, read_summary
 from seedbed.train.run import run_training
 from tests.runs.conftest import TUNING
+from tests.runs.processes import start_together, wait_for
 from tests.unit.judge.server import KEY, Answer, refuse, say, serving
+from tests.unit.judge.test_local import judge as make_judge
 
 QUESTIONS = 3  # of the four that the run holds out
 
@@ -222,6 +224,30 @@ def test_a_local_judge(tuned: Path, pretrained: Callable[[str], Path], capsys: p
     command = ["judge", "--model", str(tuned), "--judge", str(pretrained("gpt2")), "--limit", "2", "--device", "cpu"]
     assert run([*command, "--max_new_tokens", "4"]) == 2
     assert "its context 192" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["server", "local"])
+def test_several_processes_judge_as_one(
+    tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    make_judge(tmp_path / "local", 2048, seed=1)
+    with serving(by_length) as server:
+        command = words(tuned, server.url)
+        if kind == "local":
+            asked = command.index("--judge_url")
+            command[asked : asked + 4] = ["--judge", str(tmp_path / "local")]
+        alone = judged([*command, "--output", str(tmp_path / "alone")], capsys)
+        together = [*command, "--output", str(tmp_path / "together"), "--json"]
+        assert wait_for(start_together(2, lambda _rank: run(together), tmp_path / "logs")) == [0, 0]
+        paid = len(server.prompts)
+        assert wait_for(start_together(2, lambda _rank: run(together), tmp_path / "logs")) == [0, 0]
+        assert len(server.prompts) == paid  # all is found, by both
+    found = json.loads((tmp_path / "logs/0").read_text().splitlines()[-1])
+    assert "{" not in (tmp_path / "logs/1").read_text()
+    assert {**found, "transcripts": None} == {**alone, "transcripts": None}
+    for name in ("answers", "others", "scores"):
+        records = [list(read_records(tmp_path / folder / f"{name}.jsonl")) for folder in ("alone", "together")]
+        assert sorted(records[0], key=str) == sorted(records[1], key=str)
 
 
 def test_a_checkpoint_of_a_run_is_scored_for_the_run(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,23 +108,29 @@ def judge(
     options = read_section(JudgeOptions, given(ctx, JudgeOptions.model_fields), FLAGS)
     sampling = _sampling(ctx)
     _refuse_contradictions(options, model, against)
-    console = make_console(as_json)
     folder = _transcripts(model, output)
     models, remark = _models(model, baseline, against)
     questions, kind = _questions(model, data, form, limit)
+    from seedbed import distributed
+    from seedbed.device import pick_device
     from seedbed.judge.answers import Asking
     from seedbed.judge.judging import judge_models
 
-    result = judge_models(
-        models,
-        questions,
-        Asking(kind, sampling, chat_template, batch_size, device),
-        _make_judge(options, device),
-        folder,
-        partial(_counting, console),
-        repeats=options.repeats,
-        against=against,
-    )
+    with distributed.joined():
+        device = str(distributed.local_device(pick_device(device)))
+        console = make_console(as_json) if distributed.is_first() else Console(quiet=True)
+        result = judge_models(
+            models,
+            questions,
+            Asking(kind, sampling, chat_template, batch_size, device),
+            _make_judge(options, device),
+            folder,
+            partial(_counting, console),
+            repeats=options.repeats,
+            against=against,
+        )
+        if not distributed.is_first():
+            return
     record = {"data": data or f"held out by {model}", **_record(result, against, options.judge_price)}
     if as_json:
         print_json({**record, "transcripts": str(folder)})

@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
 
+from seedbed import distributed
 from seedbed.checkpoint import load_model
 from seedbed.config import SamplingOptions
 from seedbed.generate import generate
@@ -74,10 +76,12 @@ def answer_questions(
     keys = [hashlib.sha256(f"{facts} {prompt}".encode()).hexdigest() for prompt in prompts]
     missing = {key: place for place, key in enumerate(keys) if not transcript.find(key)}
     order = sorted(missing, key=lambda key: len(prompts[missing[key]]))  # rows of one length waste no padding
-    for first in range(0, len(order), asking.batch_size):
+    at_once = asking.batch_size * distributed.size()
+    for first in range(0, len(order), at_once):
         on_answer(len(questions) - len(order) + first)
-        batch = order[first : first + asking.batch_size]
-        written = _write(decoder, tokenizer, [prompts[missing[key]] for key in batch], asking)
+        batch = order[first : first + at_once]
+        asked = [prompts[missing[key]] for key in batch]
+        written = distributed.each_a_part(asked, partial(_write, decoder, tokenizer, asking))
         for key, (text, reason) in zip(batch, written, strict=True):
             question = questions[missing[key]]
             transcript.add({"key": key, "id": question.id, "model": model, **_facts(question, text, reason)})
@@ -103,7 +107,7 @@ def _prompts(
     return [template.prompt_ids(question.messages) for question in questions]
 
 
-def _write(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[list[int]], asking: Asking) -> list[tuple[str, str]]:
+def _write(model: Decoder, tokenizer: Tokenizer, asking: Asking, prompts: Sequence[list[int]]) -> list[tuple[str, str]]:
     """An answer to each prompt, and why it ends."""
     fitting = [prompt for prompt in prompts if len(prompt) <= model.config.max_seq_len]
     completions = iter(generate(model, tokenizer, fitting, asking.options, batch_size=asking.batch_size))

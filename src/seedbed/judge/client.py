@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+from seedbed import distributed
 from seedbed.errors import ConfigError, JudgeError, MissingExtra
 from seedbed.judge.ask import SHOWN, OnReply, Reply, Request
 
@@ -86,12 +87,26 @@ class Endpoint:
         return f"{self.model} at temperature {self.temperature:g}"
 
     def ask(self, requests: Sequence[Request], on_reply: OnReply) -> None:
-        """See `Judge.ask`.
+        """See `Judge.ask`; of several processes the first one asks.
 
         Raises:
             JudgeError: a reply that says that no request will be answered, or too many failures in a row.
         """
-        asyncio.run(self._ask(requests, on_reply))
+
+        def ask() -> list[tuple[int, dict[str, Any]]]:
+            replies: list[tuple[int, dict[str, Any]]] = []
+
+            def keep(place: int, reply: Reply) -> None:
+                on_reply(place, reply)
+                replies.append((place, asdict(reply)))
+
+            asyncio.run(self._ask(requests, keep))
+            return replies
+
+        replies = distributed.on_first(ask)
+        if not distributed.is_first():
+            for place, fields in replies:
+                on_reply(place, Reply(**fields))
 
     async def _ask(self, requests: Sequence[Request], on_reply: OnReply) -> None:
         from openai import AsyncOpenAI

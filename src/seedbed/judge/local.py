@@ -9,13 +9,15 @@ N possible replies   W tokens of the longest of them   V vocabulary
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from seedbed import distributed
 from seedbed.checkpoint import load_model
 from seedbed.judge.answers import weights_digest
 from seedbed.judge.ask import OnReply, Reply, Request
@@ -51,8 +53,12 @@ class LocalJudge:
         """See `Judge.ask`. A prompt that its context cannot hold gets no reply."""
         decoder, tokenizer = self._model
         template = find_template(tokenizer, None, "chat")
-        for place, request in enumerate(requests):
-            on_reply(place, self._reply(decoder.config.max_seq_len, tokenizer, template, request))
+        reply = partial(self._reply, decoder.config.max_seq_len, tokenizer, template)
+        for first in range(0, len(requests), distributed.size()):
+            part = requests[first : first + distributed.size()]
+            replies = distributed.each_a_part(part, lambda own: [asdict(reply(request)) for request in own])
+            for place, fields in enumerate(replies, start=first):
+                on_reply(place, Reply(**fields))
 
     @cached_property
     def _decoding(self) -> DecodingModel:

@@ -8,17 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from seedbed import distributed
 from seedbed.errors import StorageError
 from seedbed.runs.folder import read_records
 
 
 class Transcript:
-    """The records of a `.jsonl` file by their `key`, in the order in which they were made."""
+    """The records of a `.jsonl` file by their `key`, in the order in which they were made.
+
+    Of several processes all know them, and the first one reads and writes the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._records: dict[str, list[dict[str, Any]]] = {}
-        for record in read_records(path):
+        for record in distributed.on_first(lambda: list(read_records(path))):
             self._remember(record)
 
     def find(self, key: str) -> Sequence[Mapping[str, Any]]:
@@ -32,6 +36,8 @@ class Transcript:
             StorageError: the disk is full or refuses.
         """
         self._remember(record)
+        if not distributed.is_first():
+            return
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

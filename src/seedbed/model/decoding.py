@@ -127,6 +127,13 @@ class DecodingModel:
         """Take back so many of the newest tokens of each row, B of them."""
         self._lengths = [length - count for length, count in zip(self._lengths, counts, strict=True)]
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        heads = self._config.num_kv_heads
+        held = torch.tensor([row * heads + head for row in rows for head in range(heads)], device=self._device)
+        self._keys, self._values = (x.index_select(1, held) for x in (self._keys, self._values))
+        self._lengths = [self._lengths[row] for row in rows]
+
     def _mask(self, slots: Tensor, longest: int) -> Tensor:
         """What each query head adds to its scores: 0 up to its own slot, (B, N), and -inf after it."""
         c = self._config

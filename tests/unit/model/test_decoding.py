@@ -156,6 +156,16 @@ def test_tokens_are_taken_back(model: Decoder) -> None:
         torch.testing.assert_close(logits[row, : len(theirs)], theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_some_rows_go_on_alone(model: Decoder) -> None:
+    texts = rows()
+    with evaluation_mode(model):
+        decoding = DecodingModel(model, torch.float32)
+        decoding.read([text[: 1 - FED] for text in texts], POSITIONS)
+        decoding.keep([3, 1])
+        logits = decoding.step(torch.tensor([texts[row][1 - FED :] for row in (3, 1)]))
+    torch.testing.assert_close(logits, direct(model, [texts[row] for row in (3, 1)])[:, 1:], rtol=1e-4, atol=1e-4)
+
+
 def test_a_row_goes_on_in_copies(model: Decoder) -> None:
     [start], ends = rows((7,)), [[5, 6], [7, 8], [5, 9]]
     with evaluation_mode(model):
