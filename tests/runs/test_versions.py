@@ -21,10 +21,14 @@ from tests.runs.test_golden import TEXT, TOLERANCE
 VERSIONS: Final = Path(__file__).with_name("versions")
 STOPPED, STEPS = 5, 10
 OPTIONS: Final[dict[str, Any]] = {
-    "data": str(TEXT),
+    "data": "text.txt",
     "document": "blank_line",
     "tokenizer": "char",
     "vocab_size": None,
+    "num_layers": 1,
+    "d_model": 16,
+    "d_ff": 32,
+    "max_seq_len": 24,
     "max_steps": STEPS,
     "eval_every": 4,
     "dropout": 0.1,
@@ -39,18 +43,24 @@ def losses(run: Path) -> list[float]:
     return [float(record.get("train_loss") or record["val_loss"]) for record in records]
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with the text, which the runs know by its name alone."""
+    shutil.copy(TEXT, tmp_path / OPTIONS["data"])
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.skipif("SEEDBED_RENEW_GOLDEN" not in os.environ, reason="SEEDBED_RENEW_GOLDEN is not set")
-def test_keep_a_run(run_it: RunIt, tmp_path: Path) -> None:
-    kept = VERSIONS / seedbed.__version__
-    run_it(kept, stop_at=STOPPED, **OPTIONS)
-    whole = shutil.copytree(kept, tmp_path / "run")
-    run_it(whole, **OPTIONS)
-    (kept / "expected.json").write_text(json.dumps([round(loss, 6) for loss in losses(whole)]) + "\n")
+def test_keep_a_run(run_it: RunIt) -> None:
+    run_it(Path("run"), stop_at=STOPPED, **OPTIONS)
+    kept = shutil.copytree("run", VERSIONS / seedbed.__version__, ignore=shutil.ignore_patterns("best", ".lock"))
+    run_it(Path("run"), **OPTIONS)
+    (kept / "expected.json").write_text(json.dumps([round(loss, 6) for loss in losses(Path("run"))]) + "\n")
 
 
 @pytest.mark.parametrize("version", sorted(path.name for path in VERSIONS.iterdir()))
-def test_a_run_of_an_old_version_goes_on(run_it: RunIt, tmp_path: Path, version: str) -> None:
-    run = shutil.copytree(VERSIONS / version, tmp_path / "run")
+def test_a_run_of_an_old_version_goes_on(run_it: RunIt, version: str) -> None:
+    run = shutil.copytree(VERSIONS / version, Path("run"))
     [checkpoint] = (run / "checkpoints").glob("step-*")
     assert damage(checkpoint) == []
     run_it(run, **OPTIONS)

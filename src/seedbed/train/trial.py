@@ -1,7 +1,7 @@
 """A few moments of a run's own work, timed and weighed on one block of each kind that its model has.
 
 A model does the same in every block of a kind, so one of them, with the run's width, rows and precision, tells what
-all of them take. No weights are needed: those here are random.
+all of them take. No weights are needed: those here are all alike.
 
 B rows   T tokens   D d_model   V vocabulary
 """
@@ -162,7 +162,7 @@ def _pairs(sample: Decoder, kinds: Sequence[Kind]) -> Iterator[tuple[Block, Kind
 
 
 def _with_weights(model: Decoder, kinds: Sequence[Kind], config: Config, device: torch.device) -> Decoder:
-    """`model` with one block of each kind, and random numbers for its weights."""
+    """`model` with one block of each kind, and the same number for all of its weights."""
     whole, model.blocks = model.blocks, nn.ModuleList(kind.block for kind in kinds)
     try:
         sample = _materialized(model, device)
@@ -177,7 +177,7 @@ def _with_weights(model: Decoder, kinds: Sequence[Kind], config: Config, device:
 def _materialized(model: Decoder, device: torch.device) -> Decoder:
     sample = copy.deepcopy(model).to_empty(device=device)
     for parameter in sample.parameters():
-        parameter.uniform_(-0.03, 0.03)
+        parameter.fill_(0.01)
     return sample
 
 
