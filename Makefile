@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := src tests benchmarks
 
-.PHONY: demo test check fix starter instruction-table continual-table continual-cost diagnosis-table forecast-table faults waiting bench endurance \
+.PHONY: demo test check fix starter instruction-table continual-table continual-cost diagnosis-table forecast-table faults fuzz waiting bench endurance \
 	wheel docs clean
 
 demo: $(VENV)/installed  ## train, evaluate and generate on text inside your own Python: about two minutes
@@ -53,6 +53,10 @@ forecast-table: $(VENV)/installed-dev  ## docs/forecast-results.md, measured ane
 
 faults: $(VENV)/installed-dev  ## six times the suite's kills, crashes and damaged files: about 15 minutes
 	SEEDBED_FAULTS=1 $(BIN)/python -m pytest -n 2 tests/faults tests/runs/test_recovery.py tests/runs/test_storage.py
+
+fuzz: $(VENV)/installed-dev  ## damaged files guided by the lines they reach: two hours. [SECONDS=7200]
+	$(PIP) atheris
+	$(BIN)/python -m tests.faults.guided --seconds $(or $(SECONDS),7200)
 
 waiting: $(VENV)/installed-dev  ## how long one waits for what looks into run folders
 	$(BIN)/python benchmarks/waiting.py

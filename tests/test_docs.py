@@ -35,7 +35,7 @@ NOT_HERE = ("make ", "tensorboard ", "pip ")
 def book_run(make_text: MakeText, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `runs/book` that most pages begin with."""
     folder = tmp_path_factory.mktemp("docs")
-    words = f"pretrain --data {make_text(20_000)} --model tiny --epochs 1 --output {folder / 'book'}"
+    words = f"pretrain --data {make_text(14_000)} --model tiny --epochs 1 --output {folder / 'book'}"
     assert run(words.split()) == 0
     return folder / "book"
 
@@ -48,7 +48,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page(page: Path, make_text: MakeText, book_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copyfile(make_text(20_000), "book.txt")
+    shutil.copyfile(make_text(14_000), "book.txt")
     shutil.copyfile(make_text(30_000), "other.txt")
     later = make_text(50_000).read_text()[32_000:]  # is in neither: what is held out must not be learnt elsewhere
     Path("plays.txt").write_text(later[:8_000])

@@ -44,6 +44,7 @@ from seedbed.text.tokenizer import Tokenizer
 STATE = "seedbed/state.json"
 OPTIMIZER = "seedbed/optimizer.safetensors"
 MANIFEST = "seedbed/manifest.json"
+LONGEST_NAME = 255
 READERS = 2  # files whose digests are worked out at once
 
 
@@ -118,11 +119,14 @@ def damage(folder: Path) -> list[str]:
 
 def _damage_of(folder: Path, name: str, size: int, digest: str) -> str | None:
     path = folder / name
-    if not path.is_file():
-        return f"{name}: missing"
-    if path.stat().st_size != size:
-        return f"{name}: {path.stat().st_size} bytes instead of {size}"
-    return None if _sha256(path) == digest else f"{name}: its bytes have changed since it was written"
+    try:
+        if not path.is_file():
+            return f"{name}: missing"
+        if path.stat().st_size != size:
+            return f"{name}: {path.stat().st_size} bytes instead of {size}"
+        return None if _sha256(path) == digest else f"{name}: its bytes have changed since it was written"
+    except OSError as error:  # of the disk, or a name that no file can have
+        return f"{name[:LONGEST_NAME]}: cannot be read ({error.strerror})"
 
 
 def _inside(name: str) -> str:

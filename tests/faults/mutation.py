@@ -51,12 +51,12 @@ def odd_json(data: bytes, choose: random.Random) -> bytes:
         if kind == 0 and isinstance(parent, dict):
             parent.pop(key, None)
         elif kind == 1 and isinstance(parent, dict):
-            parent[choose.choice(["", "extra", "__class__", str(key) + "x"])] = choose.choice(ODD)
+            parent[choose.choice(["", "extra", "__class__", str(key) + "x"])] = copy.deepcopy(choose.choice(ODD))
         elif kind == 2:
             other, at = choose.choice(places)
             parent[key] = copy.deepcopy(other[at]) if at in other or isinstance(other, list) else None
         else:
-            parent[key] = choose.choice(ODD)
+            parent[key] = copy.deepcopy(choose.choice(ODD))
     return json.dumps(content).encode()
 
 

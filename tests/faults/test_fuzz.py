@@ -23,6 +23,7 @@ from seedbed.errors import SeedbedError
 from seedbed.model.families import read_config
 from seedbed.model.gguf import read_gguf
 from seedbed.model.weights import load_decoder
+from seedbed.parsing import parse_json
 from seedbed.runs.diagnose import diagnose
 from seedbed.runs.folder import read_records, read_summary
 from seedbed.runs.history import read_history_file
@@ -74,7 +75,11 @@ TEXT = "Ein Text über Bäume.\n\nÜber Bäche auch.\r\n\r\nUnd 木.\n".encode()
 @pytest.fixture
 def whole(tiny_run: Path, tmp_path: Path) -> Path:
     """A run, with a checkpoint and all that can stand beside one; everything in it is this test's."""
-    run = tmp_path / "run"
+    return lay_out(tiny_run, tmp_path / "run")
+
+
+def lay_out(tiny_run: Path, run: Path) -> Path:
+    """Copy a run and add what else may be there; its checkpoint."""
     shutil.copytree(tiny_run, run)
     folder = run / "checkpoints/step-6"
     extra = {
@@ -114,7 +119,7 @@ TARGETS: dict[str, tuple[str, Read]] = {
 
 def is_json(data: bytes) -> bool:
     with contextlib.suppress(ValueError):
-        return isinstance(json.loads(data), dict | list)
+        return isinstance(parse_json(data), dict | list)
     return False
 
 

@@ -132,6 +132,15 @@ def test_each_damaged_file_is_named(name: str, save: Save) -> None:
     assert damage(folder) == [f"{name}: missing"]
 
 
+def test_a_name_that_no_file_can_have_is_damage(save: Save) -> None:
+    folder = save("step-1")
+    manifest = folder / "seedbed/manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"]["x" * 300] = content["files"]["config.json"]
+    manifest.write_text(json.dumps(content))
+    assert damage(folder) == [f"{'x' * 255}: cannot be read (File name too long)"]
+
+
 def test_all_damaged_files_are_named_together_and_nothing_is_loaded(save: Save) -> None:
     folder = save("best")
     (folder / "config.json").write_text("{}", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -10,8 +11,10 @@ import click
 
 from seedbed import __version__
 from seedbed.cli.console import is_first
-from seedbed.errors import SeedbedError
+from seedbed.errors import ConfigError, SeedbedError
 
+UNUSABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
+SHOWN = 80  # characters of a name
 VERBS = {
     "demo": ("training:demo", "The tour: train on text inside your own Python, evaluate, generate."),
     "pretrain": ("training:pretrain", "Train a language model from scratch."),
@@ -84,6 +87,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:
+        if error.errno not in UNUSABLE:
+            raise
+        _show(ConfigError(f"{str(error.filename)[:SHOWN]}: {error.strerror}; name another file or folder"))
+        return ConfigError.exit_code
     return code if isinstance(code, int) else 0
 
 

@@ -259,13 +259,20 @@ def _preset_layer(layers: Sequence[Layer], problems: list[str]) -> list[Layer]:
     name = str(named[-1].values["model"]) if named else REGIMES["scratch"]["model"]
     if name in preset_names():
         return [Layer(f"preset {name}", read_preset(name))]
-    if not (Path(name) / "config.json").is_file():
+    if not _is_model_folder(name):
         place = where("model", name, named[-1].source)
         problems.append(
             f"{place}: no preset of that name ({', '.join(preset_names())}) and no folder with a config.json"
             f"{did_you_mean(name, preset_names())}"
         )
     return []
+
+
+def _is_model_folder(name: str) -> bool:
+    try:
+        return (Path(name) / "config.json").is_file()
+    except OSError:  # no file can have that name, or nobody may look
+        return False
 
 
 def _let_one_warmup_win(

@@ -13,6 +13,7 @@ MLP = Literal["gelu", "swiglu"]
 
 MOST_LAYERS: Final = 1000
 LARGEST_SIZE: Final = 2**31
+LARGEST_MATRIX: Final = 2**50
 
 FAMILIES: Final = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 SCRATCH_FAMILIES: Final = ("gpt2", "llama", "qwen2", "qwen3")
@@ -123,6 +124,9 @@ def _size_problems(c: DecoderConfig) -> list[str]:
         problems.append(
             f"head_dim {c.head_dim} (d_model {c.d_model} divided by num_heads {c.num_heads}): expected at least 1"
         )
+    widest = max(c.vocab_size, c.d_ff, c.max_seq_len, c.num_heads * c.head_dim)
+    if not problems and c.d_model * widest > LARGEST_MATRIX:
+        problems.append(f"a matrix of {c.d_model:,} × {widest:,} weights: expected sizes of a model that can be held")
     return problems
 
 

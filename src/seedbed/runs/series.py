@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -117,5 +118,12 @@ def _numbers(values: list[object]) -> Floats:
     """As floats; what is no number becomes NaN."""
     try:
         return np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        return np.array([value if isinstance(value, int | float) else np.nan for value in values], dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return np.array([_number(value) for value in values], dtype=np.float64)
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan

@@ -435,10 +435,28 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _require_whole_merges(content: dict[str, Any]) -> None:
+    """Refuse merges that lack the prefix of their second part: the library would end the process.
+
+    Raises:
+        ValueError: there are such merges.
+    """
+    model = content.get("model")
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(prefix, str) or not prefix:
+        return
+    merges = model.get("merges")
+    for merge in merges if isinstance(merges, list) else ():
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not (isinstance(parts, list) and parts and str(parts[-1]).startswith(prefix)):
+            raise ValueError(f"merge {merge!r} lacks the continuing_subword_prefix {prefix!r}")
+
+
 def _read_backend(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     try:
         if whole.is_file():
+            _require_whole_merges(_read_json(whole))
             return tokenizers.Tokenizer.from_file(str(whole))
         if not (vocab.is_file() and merges.is_file()):
             raise CheckpointError(
@@ -453,7 +471,9 @@ def _read_backend(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenize
         backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     except CheckpointError:
         raise
-    except Exception as error:  # noqa: BLE001  the library raises bare Exception for a file it cannot read
+    except BaseException as error:  # the library raises bare Exception for a file it cannot read, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(
             f"the tokenizer in {folder} is damaged ({error}); copy it again from its origin"
         ) from None

@@ -332,6 +332,22 @@ def test_plan_counts_parameters(flags: list[str], parameters: int, capsys: pytes
     assert captured.out.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pretrain", "--model", "x" * 400, "--data", "text.txt"],
+        ["pretrain", "--data", "x" * 400],
+        ["evaluate", "--model", "x" * 400],
+        ["verify", "x" * 400],
+        ["diagnose", "x" * 400],
+        ["import", "x" * 400, "--output", "there"],
+    ],
+)
+def test_a_name_that_no_file_can_have(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(words) == 2
+    assert "error: " in capsys.readouterr().err
+
+
 def test_plan_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "pretrain", "--model", "gpt2-medium"]) == 0
     text = capsys.readouterr().out

@@ -32,6 +32,7 @@ def problems(arch: str = "llama", **changes: Any) -> list[str]:
         ("gpt2", {"num_kv_heads": 2}, "gpt2 has no grouped heads"),
         ("llama", {"d_model": 90}, "head_dim 15 is odd"),
         ("llama", {"num_layers": 0}, "num_layers 0: expected at least 1"),
+        ("llama", {"vocab_size": 2**31, "d_model": 2**22}, "a matrix of 4,194,304 × 2,147,483,648 weights"),
         ("llama", {"vocab_size": -5}, "vocab_size -5"),
         ("llama", {"max_seq_len": 0}, "max_seq_len 0"),
         ("llama", {"d_ff": 0}, "d_ff 0"),

@@ -45,10 +45,15 @@ def test_a_half_written_record_is_passed_over(tmp_path: Path) -> None:
 
 def test_lines_that_are_no_record_and_values_that_are_no_number(tmp_path: Path) -> None:
     strange = ["nonsense\n", "[1, 2]\n", '{"step": 3, "train_loss"\n', "null\n", '{"other": 1}\n']
-    odd: list[Any] = [step(4, train_loss=None), step(5, train_loss="x", lr=1.0), '{"step": 6, "train_loss": NaN}\n']
+    odd: list[Any] = [
+        step(4, train_loss=None),
+        step(5, train_loss="x", lr=1.0),
+        step(8, train_loss=10**400, lr=2.0),
+        '{"step": 6, "train_loss": NaN}\n',
+    ]
     series = read_series(write(tmp_path, step(1, train_loss=3.0), *strange, *odd, step(7, train_loss=1.0)))
     assert series["train_loss"].step.tolist() == [1, 7]
-    assert series["lr"].step.tolist() == [5]
+    assert series["lr"].step.tolist() == [5, 8]
 
 
 def test_of_a_step_recorded_twice_the_last_counts(tmp_path: Path) -> None:

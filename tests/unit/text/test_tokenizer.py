@@ -191,6 +191,18 @@ def test_damaged_and_missing_tokenizers(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("prefix", ["##", "é" * 40, "\0"])
+def test_merges_without_their_prefix_are_refused(tmp_path: Path, prefix: str) -> None:
+    train_bpe(["some words and some more words"] * 9, 270).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    assert content["model"]["merges"]
+    content["model"]["continuing_subword_prefix"] = prefix
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="lacks the continuing_subword_prefix"):  # the library would abort
+        Tokenizer.load(tmp_path)
+
+
 def test_neither_a_folder_nor_a_hub_id(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         Tokenizer.load(tmp_path / "nothing")
