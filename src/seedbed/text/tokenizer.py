@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from seedbed.text.hub import HUB_ID, download
 END_OF_TEXT = "<|endoftext|>"
 
 # Names of the end of a text, tried in this order when a folder does not say which one it uses.
+PANIC = "PanicException"  # of the library in Rust; not an Exception, and nowhere to be imported from
 COMMON_EOS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 
 # How Qwen2 cuts text into words before merging. Chosen over GPT-2's pattern because transformers insists on
@@ -238,12 +240,18 @@ class Tokenizer:
         return Tokenizer(self._backend, self.eos_token, self.bos_token, files, self.stop_ids)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, and only of the text: nothing is added at either end."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        """Token ids of `text`, and only of the text: nothing is added at either end.
+
+        Raises:
+            CheckpointError: the tokenizer was loaded from a damaged file, which shows only now.
+        """
+        with _damage_is_told():
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, computed on all cores."""
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        """Token ids of each text, computed on all cores. Raises as `encode` does."""
+        with _damage_is_told():
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_with_special_tokens(
@@ -435,6 +443,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+@contextmanager
+def _damage_is_told() -> Iterator[None]:
+    """The library raises bare Exception for a tokenizer that it cannot use, or panics."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != PANIC:
+            raise
+        raise CheckpointError(f"the tokenizer is damaged ({error}); copy it again from its origin") from None
+
+
 def _require_whole_merges(content: dict[str, Any]) -> None:
     """Refuse merges that lack the prefix of their second part: the library would end the process.
 
@@ -471,8 +490,8 @@ def _read_backend(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenize
         backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     except CheckpointError:
         raise
-    except BaseException as error:  # the library raises bare Exception for a file it cannot read, or panics
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
             raise
         raise CheckpointError(
             f"the tokenizer in {folder} is damaged ({error}); copy it again from its origin"

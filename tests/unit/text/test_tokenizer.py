@@ -203,6 +203,19 @@ def test_merges_without_their_prefix_are_refused(tmp_path: Path, prefix: str) ->
         Tokenizer.load(tmp_path)
 
 
+def test_damage_that_shows_only_in_use_is_told(tmp_path: Path) -> None:
+    train_bpe(["some words and some more words"] * 9, 270).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    del content["model"]["vocab"]["æ"]  # stands for the first byte of 木
+    content["model"]["unk_token"] = "nowhere"
+    path.write_text(json.dumps(content))
+    tokenizer = Tokenizer.load(tmp_path)
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(CheckpointError, match="Unk token `nowhere` not found"):
+            encode("木")
+
+
 def test_neither_a_folder_nor_a_hub_id(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         Tokenizer.load(tmp_path / "nothing")
