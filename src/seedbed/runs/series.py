@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic_core import from_json
 
+from seedbed.runs.values import is_number
+
 AXES = ("step", "epoch", "tokens", "elapsed_hours")
 CHUNK = 1 << 16  # bytes parsed at once, so that the records are still in the processor's cache when they become columns
 
@@ -119,11 +121,4 @@ def _numbers(values: list[object]) -> Floats:
     try:
         return np.array(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        return np.array([_number(value) for value in values], dtype=np.float64)
-
-
-def _number(value: object) -> float:
-    try:
-        return float(value) if isinstance(value, int | float) else math.nan
-    except OverflowError:
-        return math.nan
+        return np.array([value if is_number(value) else math.nan for value in values], dtype=np.float64)

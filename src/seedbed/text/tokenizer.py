@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -26,6 +27,7 @@ from seedbed.text.hub import HUB_ID, download
 END_OF_TEXT = "<|endoftext|>"
 
 # Names of the end of a text, tried in this order when a folder does not say which one it uses.
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 PANIC = "PanicException"  # of the library in Rust; not an Exception, and nowhere to be imported from
 COMMON_EOS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 
@@ -435,7 +437,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = parse_json(text)
+        if HALF_CHARACTER.search(text):
+            json.dumps(content, ensure_ascii=False).encode()  # fails where the other half is missing
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy it again from its origin") from None
     if not isinstance(content, dict):

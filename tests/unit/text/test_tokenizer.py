@@ -189,6 +189,12 @@ def test_damaged_and_missing_tokenizers(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
         Tokenizer.load(tmp_path)
+    train_bpe(["some words and some more words"] * 9, 270).save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "\ud8ff"}))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json.*surrogates"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "more": "🦊"}))
+    assert Tokenizer.load(tmp_path).eos_token == "<|endoftext|>"
 
 
 @pytest.mark.parametrize("prefix", ["##", "é" * 40, "\0"])

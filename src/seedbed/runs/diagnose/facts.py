@@ -17,6 +17,7 @@ from seedbed.runs.diagnose.curves import Curve, make_curve, median
 from seedbed.runs.folder import FINISHED, read_records
 from seedbed.runs.info import RunInfo, read_run
 from seedbed.runs.series import NOTHING, Series, read_series
+from seedbed.runs.values import is_number
 
 FIRST_RECORDS = 5
 LAST_TEXTS = 3
@@ -200,7 +201,7 @@ def _read_other(run: RunInfo, name: object) -> RunInfo | None:
     if not isinstance(name, str) or not name:
         return None
     for path in (Path(name), run.path.resolve().parent / Path(name).name):
-        with contextlib.suppress(ConfigError):
+        with contextlib.suppress(ConfigError, OSError, ValueError):  # the last two for what no file can be called
             other = read_run(path)
             return None if other.path.resolve() == run.path.resolve() else other
     return None
@@ -209,7 +210,7 @@ def _read_other(run: RunInfo, name: object) -> RunInfo | None:
 def number(values: Mapping[str, Any], name: str) -> float | None:
     """An entry that is a finite number, as a float."""
     value = values.get(name)
-    return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
+    return float(value) if isinstance(value, bool) or is_number(value) else None
 
 
 def rows_of(event: Mapping[str, Any]) -> tuple[int, int] | None:
