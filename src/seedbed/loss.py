@@ -1,6 +1,6 @@
 """Cross-entropy and divergence straight from hidden states: the logits of a whole batch never exist.
 
-N tokens   n tokens of one chunk   m tokens of one block   D d_model   V vocabulary
+N tokens   n tokens of one chunk   n' with padding   m tokens of one block   D d_model   V vocabulary
 
 The logits of 8 sequences of 1,024 tokens over GPT-2's vocabulary are 1.6 GB in float32, and their gradient as
 much again. Here a chunk of them is made, turned into losses and gradients where it stands, and forgotten. Chunks
@@ -26,6 +26,7 @@ IGNORE: Final = -100  # the label of a token that is not predicted
 CPU_CHUNK: Final = (1024, 256 << 20)
 GPU_CHUNK: Final = (4096, 256 << 20)
 CPU_BLOCK: Final = 6 << 20  # bytes of float32 logits; on a GPU a block is the whole chunk
+CHUNK_STEP: Final = 64  # chunks are filled up to a multiple: torch keeps code and memory for every shape of a product
 VOCABULARY_SLICE: Final = 8192  # rows of the weight whose gradient from a chunk is in memory at once
 
 
@@ -101,9 +102,9 @@ class _Sum(torch.autograd.Function):
         total = torch.zeros((), dtype=sums, device=hidden.device)
         for chunk, nats in losses:
             total += nats.sum()
-            d_logits = chunk.logits  # (n, V)
+            d_logits = chunk.logits  # (n', V), zeros where it is filled up
             if d_hidden is not None:
-                d_hidden[chunk.rows] = (d_logits @ chunk.weight).to(hidden.dtype)
+                d_hidden[chunk.rows] = (d_logits @ chunk.weight)[: len(nats)].to(hidden.dtype)
             if d_weight is not None:
                 for symbols in _slices(len(d_weight), VOCABULARY_SLICE):
                     d_weight[symbols] += d_logits[:, symbols].T @ chunk.hidden
@@ -130,10 +131,10 @@ class _Chunk:
     """A few tokens that are predicted, and their logits, over which the gradient is written."""
 
     rows: Tensor | slice  # where they stand among the N tokens
-    hidden: Tensor  # (n, D), in the type of the products, like weight and logits
-    weight: Tensor  # (V, D)
     labels: Tensor  # (n, 1)
-    logits: Tensor  # (n, V)
+    hidden: Tensor  # (n', D), in the type of the products, like weight and logits
+    weight: Tensor  # (V, D)
+    logits: Tensor  # (n', V)
 
 
 _Losses = Iterator[tuple[_Chunk, Tensor]]  # chunks, whose logits are their gradient by then, and their nats (n,)
@@ -174,11 +175,17 @@ def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[_Chunk]:
     everything = len(kept) == len(labels)
     size = chunk_tokens(weight.shape[0], weight.device.type)
     weight = weight.to(dtype)  # once, not once a chunk
-    memory = weight.new_empty(min(size, len(kept)), len(weight))  # (n, V)
+    memory = weight.new_empty(_filled_up(len(kept), size), len(weight))  # (n', V)
     for start in range(0, len(kept), size):
         rows = slice(start, start + size) if everything else kept[start : start + size]
-        h, label = hidden[rows].to(dtype), labels[rows, None]
-        yield _Chunk(rows, h, weight, label, torch.mm(h, weight.T, out=memory[: len(h)]))
+        label = labels[rows, None]
+        h = weight.new_zeros(_filled_up(len(label), size), weight.shape[1])
+        h[: len(label)] = hidden[rows]
+        yield _Chunk(rows, label, h, weight, torch.mm(h, weight.T, out=memory[: len(h)]))
+
+
+def _filled_up(tokens: int, size: int) -> int:
+    return min(size, -(-tokens // CHUNK_STEP) * CHUNK_STEP)
 
 
 def chunk_tokens(vocab_size: int, device: str) -> int:
@@ -188,10 +195,10 @@ def chunk_tokens(vocab_size: int, device: str) -> int:
 
 
 def _blocks(chunk: _Chunk) -> Iterator[slice]:
-    tokens, vocab_size = chunk.logits.shape
+    tokens, vocab_size = len(chunk.labels), len(chunk.weight)
     block = max(1, CPU_BLOCK // (4 * vocab_size)) if chunk.logits.device.type == "cpu" else tokens
     return _slices(tokens, block)
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, length, size))
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))

@@ -121,6 +121,29 @@ def test_the_gradients_serve_one_backward() -> None:
         torch.autograd.grad(loss, (hidden, weight))
 
 
+@pytest.mark.parametrize("chunk_size", [1024, 100])
+def test_products_have_few_shapes_however_many_labels_there_are(
+    chunk_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN keeps code for each shape that it meets, and rows of answers have as many labels as they like."""
+    monkeypatch.setattr(module, "CPU_CHUNK", (chunk_size, 1 << 30))
+    shapes, product = set(), torch.mm
+
+    def seen(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+        shapes.add(out.shape)
+        return product(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", seen)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(256, D, generator=g), torch.randn(V, D, generator=g)
+    for kept in range(1, 256):
+        labels = torch.full((256,), IGNORE)
+        labels[torch.randperm(256, generator=g)[:kept]] = 3
+        expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels), expected)
+    assert len(shapes) <= 4
+
+
 class _Largest(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most elements of any tensor made inside."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 BLOCK: Final = 256  # queries of a row whose scores are in memory at once
 MASKED_BLOCK: Final = 128  # with a mask, by which short blocks see few keys: the documents of a row are short
+SEEN_STEP: Final = 64  # of the keys left out: torch keeps code and memory for every shape of a product that it meets
 BLOCK_BYTES: Final = 3 << 20  # of the scores of several short rows
 
 
@@ -84,8 +85,9 @@ def _probabilities(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Iterat
 
 
 def _first_seen(mask: Tensor, block: slice) -> int:
-    """The first key that any query of the block may look at."""
-    return int(mask[:, 0, block, : block.stop].flatten(0, 1).any(0).int().argmax())
+    """The first key that any query of the block may look at, or a few before it."""
+    first = int(mask[:, 0, block, : block.stop].flatten(0, 1).any(0).int().argmax())
+    return first - first % SEEN_STEP
 
 
 def _bias(queries: Tensor, block: slice, seen: slice, mask: Tensor | None) -> Tensor:

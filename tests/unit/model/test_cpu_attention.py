@@ -38,11 +38,14 @@ def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Ten
     return y
 
 
-@pytest.fixture(params=[(256, 3 << 20), (4, 1), (7, 1 << 20)], ids=["shipped", "small blocks", "ragged blocks"])
+@pytest.fixture(
+    params=[(256, 64, 3 << 20), (4, 2, 1), (7, 3, 1 << 20)], ids=["shipped", "small blocks", "ragged blocks"]
+)
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK", request.param[0])
     monkeypatch.setattr(module, "MASKED_BLOCK", request.param[0])
-    monkeypatch.setattr(module, "BLOCK_BYTES", request.param[1])
+    monkeypatch.setattr(module, "SEEN_STEP", request.param[1])
+    monkeypatch.setattr(module, "BLOCK_BYTES", request.param[2])
 
 
 @pytest.mark.usefixtures("blocks")
@@ -76,6 +79,23 @@ def test_in_bfloat16_it_is_as_near_as_torchs_own(tokens: int) -> None:
 
     for ours, theirs in zip(error(attended), error(torchs_own), strict=True):
         assert ours < 2 * theirs + 1e-4
+
+
+def test_products_have_few_shapes_wherever_documents_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps code for each shape that it meets: a gigabyte of it, before."""
+    shapes, product = set(), torch.baddbmm
+
+    def seen(bias: Tensor, *operands: Tensor, alpha: float) -> Tensor:
+        shapes.add(bias.shape)
+        return product(bias, *operands, alpha=alpha)
+
+    monkeypatch.setattr(torch, "baddbmm", seen)
+    q, k, v, _ = inputs(1, 2, 1, 512, 8, torch.bfloat16)
+    for cut in range(1, 512, 7):
+        mask = segment_mask((torch.arange(512) >= cut).int()[None])
+        assert mask is not None
+        attended(q, k, v, mask)
+    assert len(shapes) <= 512 // 64
 
 
 def test_torch_knows_what_it_needs_to_compile_it() -> None:

@@ -689,6 +689,12 @@ def test_entries_of_other_types(path: Path) -> None:
     assert {finding.name for finding in diagnose(run)} <= set(NAMES)
 
 
+@pytest.mark.parametrize("name", ["a\x00b", "a" * 5000, "..", ""])
+def test_a_parent_that_no_folder_can_be(path: Path, name: str) -> None:
+    run = Run(path, summary={"parent": name}).write()
+    assert "worse_than_parent" not in [finding.name for finding in diagnose(run)]
+
+
 def test_a_checkpoint_stands_for_its_run(path: Path) -> None:
     run = Run(path, loss=rising).write()
     (run / "checkpoints" / "best").mkdir(parents=True)
