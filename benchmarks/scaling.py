@@ -9,12 +9,14 @@ The tables of `docs/scaling.md` are made from them and from `seedbed.train.scali
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +25,7 @@ from seedbed.data.python_docs import python_docs
 from seedbed.model.config import DecoderConfig, from_scratch
 from seedbed.model.decoder import num_parameters
 from seedbed.runs.folder import read_records
-from seedbed.train.scaling import LINKS, Traffic, bytes_sent
+from seedbed.train.scaling import LINKS, Traffic, bytes_sent, messages_sent
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 RESULTS: Final = ROOT / "benchmarks" / "results" / "scaling.json"
@@ -39,10 +41,12 @@ WAYS: Final = {"one process": (1, "auto"), "two, DDP": (2, "ddp"), "two, FSDP": 
 # assumed for the other sizes.
 TOKENS_PER_SECOND: Final = 468_000
 GPU_MEMORY: Final = 80e9
-GPUS: Final = (1, 8, 64, 256, 1024)
+GPUS: Final = (1, 8, 64, 256)
+MANY_GPUS: Final = (64, 256, 1024)
 GPUS_PER_NODE: Final = 8
 CONTEXT: Final = 1024
 STEP_ROWS: Final = 512  # of all GPUs together: half a million tokens
+GPU_ROWS: Final = 16  # of each GPU, where a step grows with their number
 MICRO_BATCH: Final = 16  # the most rows at once
 SIZES: Final = {  # width, layers, heads, d_ff, vocabulary
     "124M": ("gpt2", 768, 12, 12, 3072, 50257),
@@ -110,9 +114,8 @@ def flops_per_token(parameters: float, config: DecoderConfig) -> float:
     return 6 * parameters + 6 * config.num_layers * config.d_model * CONTEXT
 
 
-def simulated(name: str, gpus: int) -> dict[str, Any]:
-    """One H100 of so many: memory, bytes sent and the share of its speed that it keeps, the better way to share."""
-    rows = STEP_ROWS // gpus
+def simulated(name: str, gpus: int, rows: int) -> dict[str, Any]:
+    """One H100 of so many, with so many rows a step: memory, bytes sent, the share of its speed that it keeps."""
     at_once = min(rows, MICRO_BATCH)
     config = shape(name)
     parameters = float(num_parameters(config))
@@ -131,35 +134,33 @@ def simulated(name: str, gpus: int) -> dict[str, Any]:
     for way, (memory, sharded) in ways.items():
         times = rows // at_once
         sent = bytes_sent(parameters, parameters, gpus, sharded=sharded, micro_batches=times, product_bytes=2)
-        efficiency = Traffic(sent, seconds).efficiency(link)
+        groups = config.num_layers + 1
+        messages = messages_sent(parameters, gpus, sharded=sharded, micro_batches=times, groups=groups)
+        efficiency = Traffic(sent, messages, seconds).efficiency(link)
         found[way] = {
             "memory_gb": memory / 1e9,
             "sent_gb": sent / 1e9,
             "efficiency": efficiency,
-            "tokens_per_second": STEP_ROWS * CONTEXT * efficiency / seconds,
+            "tokens_per_second": gpus * rows * CONTEXT * efficiency / seconds,
         }
     fitting = [way for way in found if found[way]["memory_gb"] * 1e9 < 0.9 * GPU_MEMORY]
     best = max(fitting, key=lambda way: found[way]["efficiency"], default=None)
     return {"ways": found, "best": best, "rows": rows}
 
 
-def simulated_table() -> str:
+def simulated_table(counts: Sequence[int], rows_of_each: Callable[[int], int]) -> str:
     lines = [
         "| model | GPUs | rows of each | DDP: GB, sent, kept | FSDP: GB, sent, kept | best | tokens/s |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in SIZES:
-        for gpus in GPUS:
-            if gpus > STEP_ROWS:
-                lines.append(f"| {name} | {gpus:,} | fewer rows than GPUs | | | | |")
-                continue
-            row = simulated(name, gpus)
-            cells = [
-                f"{way['memory_gb']:.0f}, {way['sent_gb']:.1f}, {way['efficiency']:.0%}" for way in row["ways"].values()
-            ]
-            speed = f"{row['ways'][row['best']]['tokens_per_second']:,.3g}" if row["best"] else ""
-            best = row["best"] or "does not fit"
-            lines.append(f"| {name} | {gpus:,} | {row['rows']:,} | {' | '.join(cells)} | {best} | {speed} |")
+    for name, gpus in itertools.product(SIZES, counts):
+        row = simulated(name, gpus, rows_of_each(gpus))
+        cells = [
+            f"{way['memory_gb']:.0f}, {way['sent_gb']:.1f}, {way['efficiency']:.0%}" for way in row["ways"].values()
+        ]
+        speed = f"{row['ways'][row['best']]['tokens_per_second']:,.3g}" if row["best"] else ""
+        best = row["best"] or "does not fit"
+        lines.append(f"| {name} | {gpus:,} | {row['rows']:,} | {' | '.join(cells)} | {best} | {speed} |")
     return "\n".join(lines)
 
 
@@ -172,7 +173,10 @@ def main() -> None:
         RESULTS.write_text(json.dumps(measure(given.repeats), indent=2) + "\n", encoding="utf-8")
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     put_between(PAGE, "<!-- measured -->", measured_table(results), "<!-- end of measured -->")
-    put_between(PAGE, "<!-- simulated -->", simulated_table(), "<!-- end of simulated -->")
+    same_step = simulated_table(GPUS, lambda gpus: STEP_ROWS // gpus)
+    put_between(PAGE, "<!-- simulated -->", same_step, "<!-- end of simulated -->")
+    growing_step = simulated_table(MANY_GPUS, lambda _gpus: GPU_ROWS)
+    put_between(PAGE, "<!-- growing -->", growing_step, "<!-- end of growing -->")
 
 
 if __name__ == "__main__":

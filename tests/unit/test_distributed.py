@@ -9,7 +9,7 @@ from seedbed import distributed, parallel
 from seedbed.errors import ConfigError, LostProcessError, StorageError
 from seedbed.model.config import from_scratch
 from seedbed.model.decoder import Decoder
-from seedbed.train.scaling import Traffic, bytes_sent
+from seedbed.train.scaling import BUCKET, Link, Traffic, bytes_sent, messages_sent
 
 
 def test_alone_there_is_nothing_to_agree_on() -> None:
@@ -79,7 +79,16 @@ def test_what_is_sent() -> None:
     )
 
 
+def test_how_many_messages_wait_for_one_another() -> None:
+    """A tree of 8 is three deep, up and down, for each bucket; a ring of 8 has seven links, three times a group."""
+    trained = BUCKET / 4 * 1.5
+    assert messages_sent(trained, 1, sharded=False, micro_batches=4, groups=13) == 0
+    assert messages_sent(trained, 8, sharded=False, micro_batches=4, groups=13) == 2 * 2 * 3
+    assert messages_sent(trained, 8, sharded=True, micro_batches=4, groups=13) == 4 * 13 * 3 * 7
+
+
 def test_what_is_sent_hides_behind_the_way_back() -> None:
-    step = Traffic(num_bytes=1e9, seconds=3.0)
-    assert step.efficiency(1e9) == 1.0
-    assert step.efficiency(0.25e9) == pytest.approx(3 / (3 + 4 - 2))
+    step = Traffic(num_bytes=1e9, messages=1000, seconds=3.0)
+    assert step.efficiency(Link(1e9, 1e-3)) == 1.0
+    assert step.efficiency(Link(0.25e9, 0.0)) == pytest.approx(3 / (3 + 4 - 2))
+    assert step.efficiency(Link(0.25e9, 1e-3)) == pytest.approx(3 / (3 + 4 + 1 - 2))

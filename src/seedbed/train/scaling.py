@@ -1,40 +1,54 @@
 """What several processes send each other in a step, and what is left of their speed.
 
-Counted for rings, as NCCL and gloo make them: each process sends (n - 1) / n of what is put together or added up.
+Bytes are counted for rings, as NCCL and gloo make them: each process sends (n - 1) / n of what is put together or
+added up. Waiting is counted for rings where parts are put together, and for trees where gradients are added up, as
+NCCL does among many (Sanders et al., 2009).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final
 
+
+@dataclass(frozen=True)
+class Link:
+    """Between two processes."""
+
+    bytes_per_second: float  # that one sends, as the makers say; what is reached is often a fifth less
+    delay: float  # seconds until a message begins to arrive, software included; assumed
+
+
 LINKS: Final = {
-    "1 Gb/s Ethernet": 0.125e9,
-    "10 Gb/s Ethernet": 1.25e9,
-    "100 Gb/s InfiniBand": 12.5e9,
-    "400 Gb/s InfiniBand": 50e9,
-    "NVLink 4": 450e9,
+    "1 Gb/s Ethernet": Link(0.125e9, 50e-6),
+    "10 Gb/s Ethernet": Link(1.25e9, 50e-6),
+    "100 Gb/s InfiniBand": Link(12.5e9, 5e-6),
+    "400 Gb/s InfiniBand": Link(50e9, 5e-6),
+    "NVLink 4": Link(450e9, 1e-6),
 }
-"""Bytes a second that one process sends, as the makers say; what is reached is often a fifth less."""
 BACKWARD: Final = 2 / 3
 """Of a step's time, the share in which gradients are sent while others are still made."""
+BUCKET: Final = 25 << 20
+"""Bytes of gradients that DDP adds up at once."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """One process's step: bytes it sends, and seconds it computes."""
+    """One process's step: bytes it sends, messages that wait for one another, and seconds it computes."""
 
     num_bytes: float
+    messages: int
     seconds: float
 
-    def step_seconds(self, bytes_per_second: float) -> float:
+    def step_seconds(self, link: Link) -> float:
         """With what does not fit beside the way back."""
-        sending = self.num_bytes / bytes_per_second
+        sending = self.num_bytes / link.bytes_per_second + self.messages * link.delay
         return self.seconds + max(0.0, sending - BACKWARD * self.seconds)
 
-    def efficiency(self, bytes_per_second: float) -> float:
+    def efficiency(self, link: Link) -> float:
         """The share of its speed that a process keeps, 0 to 1."""
-        return self.seconds / self.step_seconds(bytes_per_second)
+        return self.seconds / self.step_seconds(link)
 
 
 def bytes_sent(
@@ -59,9 +73,24 @@ def bytes_sent(
     return micro_batches * others * (2 * product_bytes * parameters + 4 * trained)
 
 
+def messages_sent(trained: float, processes: int, *, sharded: bool, micro_batches: int, groups: int) -> int:
+    """How many messages of a step wait for one another.
+
+    Args:
+        trained: weights that learn.
+        processes: how many.
+        sharded: FSDP, else DDP.
+        micro_batches: of one process, in a step.
+        groups: of weights that FSDP puts together at once: the blocks, and what is outside them.
+    """
+    if not sharded:
+        return math.ceil(4 * trained / BUCKET) * 2 * math.ceil(math.log2(processes))
+    return micro_batches * groups * 3 * (processes - 1)
+
+
 def describe_scaling(traffic: Traffic) -> dict[str, Any]:
     """What `plan --json` says of one way to share a model."""
     return {
         "communication_mb": round(traffic.num_bytes / 2**20, 1),
-        "efficiency": {link: round(traffic.efficiency(speed), 3) for link, speed in LINKS.items()},
+        "efficiency": {name: round(traffic.efficiency(link), 3) for name, link in LINKS.items()},
     }
