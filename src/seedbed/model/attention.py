@@ -49,8 +49,9 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        if dropout == 0 and suits_blocks(q):
-            return block_attention(q, k, v, mask)  # type: ignore[no-any-return]
+        if suits_blocks(q):
+            seed = torch.randint(2**62, (1,)) if dropout else None
+            return block_attention(q, k, v, mask, dropout, seed)  # type: ignore[no-any-return]
         share = self.groups > 1 and q.device.type in SHARES_HEADS
         if self.groups > 1 and not share:
             k, v = (x.repeat_interleave(self.groups, dim=1) for x in (k, v))  # (B, H, T, E)

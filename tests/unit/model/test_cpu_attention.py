@@ -104,24 +104,60 @@ def test_torch_knows_what_it_needs_to_compile_it() -> None:
         x.requires_grad_()
     torch.library.opcheck(block_attention, (*qkv, None))
     torch.library.opcheck(block_attention, (*qkv, documents(2, 12)))
+    torch.library.opcheck(block_attention, (*qkv, documents(2, 12), 0.3, torch.tensor([5])))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "dropout", "used"),
-    [(torch.bfloat16, 0.0, True), (torch.bfloat16, 0.1, False), (torch.float32, 0.0, False)],
-)
-def test_when_a_layer_uses_it(dtype: torch.dtype, dropout: float, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
+def test_dropout_leaves_the_same_out_on_the_way_back(masked: bool) -> None:
+    """With one value at each key that no other has, an output says which probabilities were left out."""
+    rows, heads, tokens = 2, 2, 20
+    q, k, _, grad = inputs(rows, heads, 1, tokens, tokens, torch.float64)
+    v = torch.eye(tokens, dtype=torch.float64).expand(rows, 1, tokens, tokens).clone()
+    mask, share, seed = documents(rows, tokens) if masked else None, 0.25, torch.tensor([7])
+    for x in (q, k, v):
+        x.requires_grad_()
+    ours: Tensor = block_attention(q, k, v, mask, share, seed)
+    may_look = torch.ones(tokens, tokens, dtype=torch.bool).tril() if mask is None else mask
+    scores = (q @ k.mT * tokens**-0.5).masked_fill(~may_look, -torch.inf)
+    kept = (ours.detach() != 0) / (1 - share)  # (B, H, T, T)
+    theirs = (scores.softmax(-1) * kept) @ v
+    torch.testing.assert_close(ours, theirs)
+    got, expected = (torch.autograd.grad(y, (q, k, v), grad) for y in (ours, theirs))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)  # sums for keys and values are in float32
+    looked = may_look.expand_as(kept)
+    assert 0.65 < kept[looked].count_nonzero() / looked.sum() < 0.85
 
-    def counted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        calls.append(len(q))
-        return attended(q, k, v, mask)
+
+def dropping(dropout: float) -> Attention:
+    return Attention(
+        from_scratch("gpt2", vocab_size=9, d_model=16, num_layers=1, num_heads=2, max_seq_len=8, dropout=dropout)
+    )
+
+
+def test_each_layer_and_step_leaves_out_something_else() -> None:
+    layer = dropping(0.5).to(torch.bfloat16)
+    x = torch.randn(2, 8, 16, dtype=torch.bfloat16)
+    torch.manual_seed(3)
+    first, second = layer(x, None, None), layer(x, None, None)
+    torch.manual_seed(3)
+    assert not torch.equal(first, second)
+    assert torch.equal(layer(x, None, None), first)
+    torch.testing.assert_close(layer.eval()(x, None, None), layer(x, None, None), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_when_a_layer_uses_it(dtype: torch.dtype, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, share: float, seed: Tensor | None) -> Tensor:
+        shares.append(share)
+        return block_attention(q, k, v, mask, share, seed)  # type: ignore[no-any-return]
 
     monkeypatch.setattr("seedbed.model.attention.block_attention", counted)
-    config = from_scratch("gpt2", vocab_size=9, d_model=16, num_layers=1, num_heads=2, max_seq_len=8, dropout=dropout)
-    layer = Attention(config).to(dtype)
+    layer = dropping(dropout).to(dtype)
     x = torch.randn(2, 8, 16, dtype=dtype)
     layer(x, None, None)
-    assert bool(calls) is used
     layer.eval()(x, None, None)
-    assert bool(calls) is (dtype == torch.bfloat16)
+    assert shares == ([dropout, 0.0] if dtype == torch.bfloat16 else [])
