@@ -41,6 +41,8 @@ def start(work: Callable[[], int]) -> int:
         for stream in (0, 1, 2):
             os.dup2(quiet, stream)
         code = work()
+    except SystemExit as left:  # what a signal raises before there is anything to save
+        code = left.code if isinstance(left.code, int) else FAILED
     finally:
         os._exit(code)
 

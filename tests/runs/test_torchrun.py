@@ -33,12 +33,13 @@ OVER_TIME = 1e-3  # rounding grows from step to step
 HOSTS = {"sbed-a": "10.77.0.1", "sbed-b": "10.77.0.2"}
 
 
-@pytest.fixture
-def alone(small_text_file: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def alone(small_text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
-    together = Together(small_text_file, tmp_path / "logs")
-    assert together(1, tmp_path / "alone", batch_size=8, **LENGTH) == [0]
-    return tmp_path / "alone"
+    folder = tmp_path_factory.mktemp("alone")
+    together = Together(small_text_file, folder / "logs")
+    assert together(1, folder / "run", batch_size=8, **LENGTH) == [0]
+    return folder / "run"
 
 
 def training(data: Path, run: Path) -> list[str]:
@@ -52,13 +53,36 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def start(data: Path, run: Path, restarts: int = 0) -> subprocess.Popen[str]:
+    """torchrun with two processes, in a session of its own, as in a terminal."""
+    options = ["--nproc-per-node", "2", "--master-port", str(free_port()), "--max-restarts", str(restarts)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SEEDBED_LOST_AFTER": LOST_AFTER}
+    command = [*TORCHRUN, *options, *training(data, run)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_ctrl_c_at_torchrun_is_saved_and_goes_on(small_text_file: Path, alone: Path, tmp_path: Path) -> None:
+    """A terminal sends it to all that runs in it, and torchrun sends it on once more to those it started."""
+    run = tmp_path / "run"
+    agent = start(small_text_file, run)
+    wait_until(run, 12)
+    children = children_of(agent.pid)
+    os.killpg(agent.pid, signal.SIGINT)
+    _, said = agent.communicate(timeout=60)
+    assert agent.returncode, said
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    stopped = read_summary(run)["steps"]
+    assert 12 <= stopped < 200, said
+    agent = start(small_text_file, run)
+    _, said = agent.communicate(timeout=120)
+    assert agent.returncode == 0, said
+    assert [event["step"] for event in events(run, "resume")] == [stopped]
+    same_curve(run, alone, OVER_TIME)
+
+
 def test_torchrun_starts_again_what_died(small_text_file: Path, alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options = ["--nproc-per-node", "2", "--master-port", str(free_port()), "--max-restarts", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SEEDBED_LOST_AFTER": LOST_AFTER}
-    agent = subprocess.Popen(
-        [*TORCHRUN, *options, *training(small_text_file, run)], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    agent = start(small_text_file, run, restarts=2)
     wait_until(run, 12)
     os.kill(children_of(agent.pid)[1], signal.SIGKILL)
     _, said = agent.communicate(timeout=120)
