@@ -62,7 +62,7 @@ def start(data: Path, run: Path, restarts: int = 0) -> subprocess.Popen[str]:
 
 
 def test_ctrl_c_at_torchrun_is_saved_and_goes_on(small_text_file: Path, alone: Path, tmp_path: Path) -> None:
-    """A terminal sends it to all that runs in it, and torchrun sends it on once more to those it started."""
+    """A terminal sends it to torchrun alone, whose processes are in sessions of their own; it sends it on."""
     run = tmp_path / "run"
     agent = start(small_text_file, run)
     wait_until(run, 12)
