@@ -67,15 +67,17 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    middle = {name: statistics.median(values) for name, values in found["seconds"].items()}
+    tries = found["seconds"]
+    middle = {name: statistics.median(values) for name, values in tries.items()}
     size = found["gigabytes"]
     digests = middle["save"] / middle["save without digests"] - 1
     lines = [
-        f"| a checkpoint of {size:.2f} GB, {len(found['seconds']['save'])} times | seconds |",
+        f"| a checkpoint of {size:.2f} GB, {len(found['seconds']['save'])} times | seconds, median (least to most) |",
         "|---|---:|",
-        *(f"| {name} | {value:.2f} |" for name, value in middle.items()),
+        *(f"| {name} | {middle[name]:.2f} ({min(all_):.2f} to {max(all_):.2f}) |" for name, all_ in tries.items()),
         "",
-        f"Digests take {digests:.1%} of a save; loading, every byte checked, goes at {size / middle['load']:.1f} GB/s.",
+        f"Digests change the median of a save by {digests:+.1%}; loading, every byte checked, goes at "
+        f"{size / middle['load']:.1f} GB/s.",
     ]
     return "\n".join(lines)
 

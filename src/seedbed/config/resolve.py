@@ -214,7 +214,7 @@ def read_section(section: type[S], values: Mapping[str, Any], source: str) -> S:
 def preset_names() -> list[str]:
     """Names of the shipped presets, smallest model first."""
     gpt2 = ("distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-    return ["tiny", "small", "medium", *gpt2, "demo", "shakespeare-char"]
+    return ["tiny", "small", "medium", *gpt2, "demo", "shakespeare-char", "data-limited"]
 
 
 def read_preset(name: str) -> dict[str, Any]:
