@@ -136,7 +136,7 @@ def test_products_have_few_shapes_however_many_labels_there_are(
     monkeypatch.setattr(torch, "mm", seen)
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(256, D, generator=g), torch.randn(V, D, generator=g)
-    for kept in range(1, 256):
+    for kept in range(1, 256, 5):
         labels = torch.full((256,), IGNORE)
         labels[torch.randperm(256, generator=g)[:kept]] = 3
         expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
