@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import random
 import re
 import subprocess
 import sys
@@ -35,8 +36,6 @@ def fuzz(target: str, seconds: int) -> None:
         from tests.conftest import TINY
         from tests.faults.mutation import damaged, odd_json
         from tests.faults.test_fuzz import TARGETS, is_json, lay_out
-
-    import random
 
     folder = Path(tempfile.mkdtemp())
     steps = ["--max_steps", "6", "--save_every", "3", "--eval_every", "3"]
@@ -76,32 +75,21 @@ def fuzz_all(targets: list[str], seconds: int) -> int:
     """Fuzz one kind after another, each in a process of its own; how many brought what must not be."""
     failed = 0
     for target in targets:
-        command = [
-            sys.executable,
-            "-m",
-            "tests.faults.guided",
-            "--one",
-            target,
-            "--seconds",
-            str(seconds // len(targets)),
-        ]
+        command = [sys.executable, "-m", "tests.faults.guided", "--one", target]
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            [*command, "--seconds", str(seconds // len(targets))],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         tried = re.search(r"number_of_executed_units: (\d+)", done.stderr)
         reached = re.findall(r"cov: (\d+)", done.stderr)
-        failed += done.returncode != 0
-        said = (
-            ""
-            if done.returncode == 0
-            else "\n"
-            + "\n".join(
-                line for line in (done.stdout + done.stderr).splitlines() if line[:1] != "#" and line[:5] != "INFO:"
-            )
-        )
-        sys.stdout.write(
-            f"{target}: {tried[1] if tried else '?'} inputs, {reached[-1] if reached else '?'} places{said}\n"
-        )
+        sys.stdout.write(f"{target}: {tried[1] if tried else '?'} inputs, {reached[-1] if reached else '?'} places\n")
+        if done.returncode:
+            failed += 1
+            said = (done.stdout + done.stderr).splitlines()
+            sys.stdout.writelines(f"{line}\n" for line in said if not line.startswith(("#", "INFO:")))
         sys.stdout.flush()
     return failed
 

@@ -26,9 +26,10 @@ from seedbed.text.hub import HUB_ID, download
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Names of the end of a text, tried in this order when a folder does not say which one it uses.
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 PANIC = "PanicException"  # of the library in Rust; not an Exception, and nowhere to be imported from
+
+# Names of the end of a text, tried in this order when a folder does not say which one it uses.
 COMMON_EOS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 
 # How Qwen2 cuts text into words before merging. Chosen over GPT-2's pattern because transformers insists on
@@ -448,13 +449,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == PANIC
+
+
 @contextmanager
 def _damage_is_told() -> Iterator[None]:
     """The library raises bare Exception for a tokenizer that it cannot use, or panics."""
     try:
         yield
     except BaseException as error:
-        if type(error) is not Exception and type(error).__name__ != PANIC:
+        if type(error) is not Exception and not _is_panic(error):
             raise
         raise CheckpointError(f"the tokenizer is damaged ({error}); copy it again from its origin") from None
 
@@ -496,7 +501,7 @@ def _read_backend(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenize
     except CheckpointError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+        if not isinstance(error, Exception) and not _is_panic(error):
             raise
         raise CheckpointError(
             f"the tokenizer in {folder} is damaged ({error}); copy it again from its origin"
