@@ -25,7 +25,7 @@ from seedbed.data.python_docs import python_docs
 from seedbed.model.config import DecoderConfig, from_scratch
 from seedbed.model.decoder import num_parameters
 from seedbed.runs.folder import read_records
-from seedbed.train.scaling import LINKS, Traffic, bytes_sent, messages_sent
+from seedbed.train.scaling import LINKS, step_traffic
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 RESULTS: Final = ROOT / "benchmarks" / "results" / "scaling.json"
@@ -132,14 +132,20 @@ def simulated(name: str, gpus: int, rows: int) -> dict[str, Any]:
     ways = {"DDP": (whole, False), "FSDP": (part, True)}
     found = {}
     for way, (memory, sharded) in ways.items():
-        times = rows // at_once
-        sent = bytes_sent(parameters, parameters, gpus, sharded=sharded, micro_batches=times, product_bytes=2)
-        groups = config.num_layers + 1
-        messages = messages_sent(parameters, gpus, sharded=sharded, micro_batches=times, groups=groups)
-        efficiency = Traffic(sent, messages, seconds).efficiency(link)
+        traffic = step_traffic(
+            parameters,
+            parameters,
+            gpus,
+            seconds,
+            sharded=sharded,
+            micro_batches=rows // at_once,
+            product_bytes=2,
+            groups=config.num_layers + 1,
+        )
+        efficiency = traffic.efficiency(link)
         found[way] = {
             "memory_gb": memory / 1e9,
-            "sent_gb": sent / 1e9,
+            "sent_gb": traffic.num_bytes / 1e9,
             "efficiency": efficiency,
             "tokens_per_second": gpus * rows * CONTEXT * efficiency / seconds,
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from seedbed.train.footprint import CODE_BYTES, MIB, SCATTERED, UNUSED, Footprin
 from seedbed.train.ingredients import Ingredients
 from seedbed.train.pace import Pace
 from seedbed.train.progress import Display, duration
-from seedbed.train.scaling import Traffic, bytes_sent, describe_scaling, messages_sent
+from seedbed.train.scaling import Traffic, describe_scaling, step_traffic
 from seedbed.train.state import TrainingState
 from seedbed.train.trial import Costs, head_learns, kinds_of, outline, tensor_bytes, try_out
 from seedbed.train.workload import Look, Workload, look_at, sizes_of, ways_to_keep
@@ -219,13 +220,16 @@ def forecast(run: Workload, seconds: float = 3.0) -> Forecast:
     block = max(cost.weight_bytes for cost in costs.blocks)
     narrow = 1 if precision == "fp32" else 2
     shared = whole.shared(run.processes, block / narrow, float(costs.ends.weight_bytes))
-
-    def traffic(*, sharded: bool) -> Traffic:
-        n, times, groups = run.processes, run.micro_batches, run.shape.num_layers + 1
-        sent = bytes_sent(parameters, trained, n, sharded=sharded, micro_batches=times, product_bytes=4 // narrow)
-        messages = messages_sent(trained, n, sharded=sharded, micro_batches=times, groups=groups)
-        return Traffic(sent, messages, pace.step)
-
+    traffic = partial(
+        step_traffic,
+        parameters,
+        trained,
+        run.processes,
+        pace.step,
+        micro_batches=run.micro_batches,
+        product_bytes=4 // narrow,
+        groups=run.shape.num_layers + 1,
+    )
     ways = {"ddp": (whole, traffic(sharded=False)), "fsdp": (shared, traffic(sharded=True))}
     footprint = shared if run.sharded else whole
     free = free_bytes(device)

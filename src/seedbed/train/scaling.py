@@ -51,6 +51,25 @@ class Traffic:
         return self.seconds / self.step_seconds(link)
 
 
+def step_traffic(
+    parameters: float,
+    trained: float,
+    processes: int,
+    seconds: float,
+    *,
+    sharded: bool,
+    micro_batches: int,
+    product_bytes: int,
+    groups: int,
+) -> Traffic:
+    """A step of so many seconds, with what is sent in it; arguments as in the two functions below."""
+    sent = bytes_sent(
+        parameters, trained, processes, sharded=sharded, micro_batches=micro_batches, product_bytes=product_bytes
+    )
+    messages = messages_sent(trained, processes, sharded=sharded, micro_batches=micro_batches, groups=groups)
+    return Traffic(sent, messages, seconds)
+
+
 def bytes_sent(
     parameters: float, trained: float, processes: int, *, sharded: bool, micro_batches: int, product_bytes: int
 ) -> float:
