@@ -17,8 +17,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -63,18 +63,18 @@ def save_checkpoint(
     Raises:
         StorageError: the disk is full or refuses; `folder` is as it was before.
     """
-    with _written_whole(folder) as temporary:
+    with _written_whole(folder) as temporary, _sealed(temporary) as begin_with:
         (temporary / "seedbed").mkdir()
+        if optimizer is not None:
+            save_file(dict(optimizer), temporary / OPTIMIZER)
+            begin_with(OPTIMIZER)  # the largest file, while the others are written
         if model.adapter is None:
             save_decoder(model, temporary, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.end_ids)
         else:
             save_adapter(model, temporary)
         tokenizer.save(temporary)
-        if optimizer is not None:
-            save_file(dict(optimizer), temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(state, indent=2, allow_nan=False), encoding="utf-8")
         _add_companions(temporary, companions)
-        _seal(temporary)
 
 
 def link_checkpoint(source: Path, folder: Path, state: Mapping[str, Any], companions: Path | None = None) -> None:
@@ -86,15 +86,14 @@ def link_checkpoint(source: Path, folder: Path, state: Mapping[str, Any], compan
     Raises:
         StorageError: the disk is full or refuses; `folder` is as it was before.
     """
-    with _written_whole(folder) as temporary:
+    known = {} if companions else _manifest_entries(source)
+    known.pop(STATE, None)
+    with _written_whole(folder) as temporary, _sealed(temporary, known):
         shutil.copytree(source, temporary, copy_function=_link_or_copy, dirs_exist_ok=True)
-        known = {} if companions else _manifest_entries(source)
         for name in (STATE, MANIFEST):
             (temporary / name).unlink()
-            known.pop(name, None)
         (temporary / STATE).write_text(json.dumps(state, indent=2, allow_nan=False), encoding="utf-8")
         _add_companions(temporary, companions)
-        _seal(temporary, known)
 
 
 def damage(folder: Path) -> list[str]:
@@ -387,22 +386,33 @@ def _manifest_entries(folder: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _seal(folder: Path, known: Mapping[str, dict[str, Any]] = MappingProxyType({})) -> None:
-    """Flush every file to the disk, and write the manifest of all, which is flushed last.
+@contextmanager
+def _sealed(
+    folder: Path, known: Mapping[str, dict[str, Any]] = MappingProxyType({})
+) -> Iterator[Callable[[str], None]]:
+    """At the end every file is flushed to the disk, then the manifest of all; what this gives begins with one at once.
 
     Digests are worked out while the disk is busy. Those that are `known` are of files that were linked: whatever
     happened to their bytes since, the digest is of what was meant.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in paths]
+    begun: dict[str, tuple[Future[None], Future[Mapping[str, Any]]]] = {}
 
-    def entry(name: str, path: Path) -> Mapping[str, Any]:
-        return known.get(name) or {"size": path.stat().st_size, "sha256": _sha256(path)}
+    def entry(name: str) -> Mapping[str, Any]:
+        return known.get(name) or {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
 
-    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(READERS) as pool:
-        flushed = disk.map(_fsync, paths)
-        files = dict(zip(names, pool.map(entry, names, paths), strict=True))
-        list(flushed)
+    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(READERS) as readers:
+
+        def begin_with(name: str) -> None:
+            begun[name] = disk.submit(_fsync, folder / name), readers.submit(entry, name)
+
+        yield begin_with
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        for name in names:
+            if name not in begun:
+                begin_with(name)
+        files = {name: begun[name][1].result() for name in names}
+        for flushed, _ in begun.values():
+            flushed.result()
     (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=2), encoding="utf-8")
     for path in [folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
         _fsync(path)

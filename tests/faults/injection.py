@@ -10,6 +10,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import RLock
 from typing import Any, Final
 
 DIED: Final = 137
@@ -57,6 +58,7 @@ class FileSystem:
         self.calls = 0
         self._folder, self._dies_at, self._forgets = str(folder), dies_at, forgets
         self._flushed: set[int] = set()
+        self._one_at_a_time = RLock()
         self._before = {path.stat().st_ino for path in folder.rglob("*")}
         self._fsync = os.fsync
         os.fsync = self._watched_fsync  # type: ignore[assignment]
@@ -81,12 +83,13 @@ class FileSystem:
         # A name without a folder is that of an entry in one that is open, which is the run's.
         if name.startswith("/") and not name.startswith((self._folder, "/proc/self/fd/")):
             return
-        if self.calls == self._dies_at:
-            self._dies_at = -1  # what follows is the disk's, not the program's
-            if self._forgets:
-                self._forget(self._forgets)
-            os._exit(DIED)
-        self.calls += 1
+        with self._one_at_a_time:
+            if self.calls == self._dies_at:
+                self._dies_at = -1  # what follows is the disk's, not the program's
+                if self._forgets:
+                    self._forget(self._forgets)
+                os._exit(DIED)
+            self.calls += 1
 
     def _forget(self, choose: random.Random) -> None:
         for path in sorted(Path(self._folder).rglob("*")):

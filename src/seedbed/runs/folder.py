@@ -8,6 +8,7 @@ metrics.json    the summary                         checkpoints/   best, final, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ class RunFolder:
     Raises:
         RunInUseError: another process writes to it.
         StorageError: it cannot be made or written.
+        OSError: no folder can have its name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,6 +46,8 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a")
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise
             raise StorageError(
                 f"{path}: the run folder cannot be made ({error.strerror}); choose another --output"
             ) from None

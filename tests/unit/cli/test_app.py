@@ -343,7 +343,17 @@ def test_plan_counts_parameters(flags: list[str], parameters: int, capsys: pytes
         ["import", "x" * 400, "--output", "there"],
     ],
 )
-def test_a_name_that_no_file_can_have(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("there", [[], ["runs"]], ids=["first run", "later run"])
+def test_a_name_that_no_file_can_have(
+    words: list[str],
+    there: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in there:
+        Path(folder).mkdir()
     assert run(words) == 2
     assert "error: " in capsys.readouterr().err
 
