@@ -36,13 +36,13 @@ class Batch:
 def collate(rows: Sequence[Row]) -> Batch:
     """Stack rows of one length into a batch.
 
-    Places after the last target of all rows decide nothing, because attention looks back only; they are cut,
-    to a multiple of 8 tokens.
+    Places after the last target of all rows decide nothing, because attention looks back only; they are cut
+    (see `cut_width`).
     """
     assert rows
     labels = np.stack([row.labels for row in rows])  # (B, T)
     predicted = np.flatnonzero((labels != NO_TARGET).any(axis=0))
-    width = -(-(int(predicted[-1]) + 1) // 8) * 8 if len(predicted) else 8
+    width = cut_width(int(predicted[-1]) + 1 if len(predicted) else 1)
 
     def stacked(arrays: Sequence[Ints]) -> Tensor:
         return torch.from_numpy(np.stack([array[:width] for array in arrays]))  # (B, width)
@@ -54,3 +54,12 @@ def collate(rows: Sequence[Row]) -> Batch:
         position_ids=stacked([row.position_ids for row in rows]),
         segment_ids=None if one_document else stacked([row.segment_ids for row in rows]),
     )
+
+
+def cut_width(tokens: int) -> int:
+    """The next of few widths, four from each power of two to the one after it: 64, 80, 96, 112, 128, 160, ...
+
+    torch keeps code and memory for every shape that it meets.
+    """
+    step = max(8, 2 ** (tokens - 1).bit_length() // 8)
+    return -(-tokens // step) * step

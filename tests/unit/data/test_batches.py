@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from seedbed.data import Row
-from seedbed.data.batches import collate
+from seedbed.data.batches import collate, cut_width
 from seedbed.data.rows import NO_TARGET
 
 
@@ -35,12 +35,15 @@ def test_rows_become_tensors() -> None:
         (32, (8, 2), 16),
         (32, (31, 0), 32),
         (12, (9, 3), 12),
+        (128, (64, 3), 80),
+        (1000, (513, 600), 640),
+        (1000, (900, 3), 1000),
         (32, (None, 4), 8),
         (32, (None, None), 8),
     ],
 )
 def test_what_follows_the_last_target_is_cut(length: int, last_targets: tuple[int | None, ...], width: int) -> None:
-    """The last of all rows decides, rounded up to eight; a mask in between stays."""
+    """The last of all rows decides, rounded up; a mask in between stays."""
     rows = []
     for last in last_targets:
         full = row([0] * (length // 2) + [1] * (length - length // 2))
@@ -57,6 +60,13 @@ def test_what_follows_the_last_target_is_cut(length: int, last_targets: tuple[in
         (batch.segment_ids, "segment_ids"),
     ):
         assert tensor.tolist() == [getattr(full, name)[:width].tolist() for full in rows]
+
+
+def test_widths_are_few_and_near() -> None:
+    """Every new width costs memory for good; every place too many costs time."""
+    widths = [cut_width(tokens) for tokens in range(1, 1025)]
+    assert len(set(widths)) == 8 + 4 * 4
+    assert all(tokens <= width < max(tokens + 8, tokens * 5 / 4 + 1) for tokens, width in enumerate(widths, 1))
 
 
 def test_segments_are_left_out_when_every_row_is_one_document() -> None:
