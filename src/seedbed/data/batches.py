@@ -61,5 +61,5 @@ def cut_width(tokens: int) -> int:
 
     torch keeps code and memory for every shape that it meets.
     """
-    step = max(8, 2 ** (tokens - 1).bit_length() // 8)
+    step = max(8, (1 << (tokens - 1).bit_length()) // 8)
     return -(-tokens // step) * step

@@ -126,11 +126,14 @@ def with_shape(config: Config, shape: DecoderConfig) -> Config:
 
 def initial_model(shape: DecoderConfig, checkpoint: Path | None, tokenizer: Tokenizer, seed: int) -> Decoder:
     """Fresh weights drawn with the seed, or those of the checkpoint."""
-    torch.manual_seed(seed)
-    with torch.device("meta" if distributed.without_weights() else "cpu"):
+    if checkpoint is None:
+        torch.manual_seed(seed)
+        with torch.device("meta" if distributed.without_weights() else "cpu"):
+            return Decoder(shape)
+    saved = load_decoder(checkpoint)
+    require_match(saved.config, tokenizer, str(checkpoint))
+    with torch.device("meta"):  # nothing is drawn that is thrown away
         model = Decoder(shape)
-    if checkpoint is not None:
-        saved = load_decoder(checkpoint)
-        require_match(saved.config, tokenizer, str(checkpoint))
-        model.load_state_dict(saved.state_dict())
+    if not distributed.without_weights():
+        model.to_empty(device="cpu").load_state_dict(saved.state_dict())
     return model
