@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Final, Literal
 
 import torch
@@ -30,9 +29,8 @@ from seedbed.text.tokenizer import Tokenizer
 FinishReason = Literal["eos", "stop", "length"]
 OnText = Callable[[int, str], None]
 
-MOST_GUESSED: Final = 5
-MOST_ROWS: Final = 16  # that are read in little more time than one
-WORTH_A_GUESS: Final = 0.2  # share of the newest tokens that guesses must have met
+MOST_GUESSED: Final = 8
+TOKENS_OF_A_PASS: Final = 18  # that take as long as all of a pass that does not grow with them, on a CPU with bf16
 UNREADABLE: Final = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
 
 
@@ -97,14 +95,24 @@ def _write(decoding: DecodingModel, rows: list[_Row], options: SamplingOptions, 
         if len(going) <= len(rows) / 2:
             decoding.keep([index for index, row in enumerate(rows) if not row.finish_reason])
             rows = going
-        most = MOST_ROWS // len(rows) - 1 if mean(row.lookup.luck for row in going) >= WORTH_A_GUESS else 0
-        guesses = [row.guess(min(most, MOST_GUESSED)) for row in rows]
+        most = worth_guessing([row.lookup.luck for row in going], len(rows))
+        guesses = [row.guess(most) for row in rows]
         fed = [[row.lookup.tokens[-1], *guess] for row, guess in zip(rows, guesses, strict=True)]
         added = max(map(len, fed))
         padded = [[*tokens, *[0] * (added - len(tokens))] for tokens in fed]  # (B, N)
         logits = decoding.step(torch.tensor(padded, device=logits.device))  # (B, N, V)
         taken = _take(rows, guesses, logits, options, on_text)
         decoding.forget([added - count for count in taken])
+
+
+def worth_guessing(lucks: Sequence[float], rows: int) -> int:
+    """How many guesses for each of the rows let them write soonest, if they are met as often as of late."""
+
+    def seconds_a_token(guessed: int) -> float:
+        met = [sum(luck**place for place in range(guessed + 1)) for luck in lucks]
+        return (TOKENS_OF_A_PASS + rows * (1 + guessed)) * sum(1 / tokens for tokens in met)
+
+    return min(range(MOST_GUESSED + 1), key=seconds_a_token)
 
 
 def _take(

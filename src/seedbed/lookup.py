@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 LONGEST: Final = 3  # tokens that must be the same as before; failing that two, failing that one
-TOKENS_OF_LUCK: Final = 16
+TOKENS_OF_LUCK: Final = 8
 
 
 class Lookup:
@@ -18,7 +18,7 @@ class Lookup:
 
     Attributes:
         tokens: all so far.
-        luck: the share of the newest tokens, some 16 of them, that a guess would have met.
+        luck: the share of the newest tokens, some 8 of them, that a guess would have met.
     """
 
     def __init__(self, tokens: Iterable[int]) -> None:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from seedbed.config import SamplingOptions
 from seedbed.errors import ConfigError
-from seedbed.generate import TextStream, generate
+from seedbed.generate import MOST_GUESSED, TextStream, generate, worth_guessing
 from seedbed.model.config import from_scratch
 from seedbed.model.decoder import Decoder
 from seedbed.model.decoding import DecodingModel
@@ -267,3 +267,15 @@ def test_half_precision_models_write_too(model: Decoder, tokenizer: Tokenizer) -
     rows = generate(model.to(torch.bfloat16), tokenizer, ["", "Zwölf große"], GREEDY)
     model.to(torch.float32)
     assert rows[0].text.startswith("Zwölf")
+
+
+def test_guesses_follow_luck_and_room() -> None:
+    """Rows that never repeat themselves pay for no guess; the more rows there are, the fewer guesses are free."""
+    assert worth_guessing([0.0] * 8, 8) == 0
+    assert worth_guessing([1.0], 1) == MOST_GUESSED
+    for luck in (0.3, 0.6, 0.9):
+        counts = [worth_guessing([luck] * rows, rows) for rows in (1, 2, 4, 8, 16, 64)]
+        assert counts == sorted(counts, reverse=True)
+    by_luck = [worth_guessing([luck] * 8, 8) for luck in (0.1, 0.5, 0.8, 0.99)]
+    assert by_luck == sorted(by_luck) and by_luck[0] < by_luck[-1]
+    assert worth_guessing([0.1, 0.99], 2) <= worth_guessing([0.99, 0.99], 2)
