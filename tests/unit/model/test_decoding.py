@@ -134,7 +134,7 @@ def test_tokens_read_at_once_are_as_if_one_by_one(batch: int, dtype: torch.dtype
         decoding = DecodingModel(long, dtype)
         starts = [[*range(30 * index + 3)] for index in range(batch)]
         logits = []
-        for at_once in (1, 2, 6):
+        for at_once in (1, 2, 6, 9):
             decoding.read(starts, 600)
             logits.append(torch.cat([decoding.step(part) for part in torch.split(tokens, at_once, 1)], dim=1))
     assert logits[0].equal(logits[1])
