@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from seedbed.device import product_type
 from seedbed.model.attention import Attention, RMSNorm, Rotation, rotation
 from seedbed.model.config import DecoderConfig
+from seedbed.model.cpu_gelu import gelu_in_pieces, suits_pieces
 from seedbed.model.linear import Embedding, Linear, activated
 
 
@@ -181,6 +182,8 @@ class SwiGLU(nn.Module):
 
 def gelu(x: Tensor) -> Tensor:
     """By its tanh approximation."""
+    if not torch.compiler.is_compiling() and suits_pieces(x):
+        return gelu_in_pieces(x)
     return F.gelu(x, approximate="tanh")
 
 
