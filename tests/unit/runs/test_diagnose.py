@@ -190,6 +190,13 @@ def test_a_far_too_high_rate_gets_nowhere(path: Path) -> None:
     assert "--learning_rate 7e-4" in finding.remedy
 
 
+@pytest.mark.parametrize(("rate", "blamed"), [(0.02, False), (0.3, True)])
+def test_how_little_is_nowhere_depends_on_the_rate(rate: float, blamed: bool, path: Path) -> None:
+    loss = lambda share: 5.3 - 0.65 * share + np.exp(-60 * share)  # noqa: E731
+    names = Run(path, options={"learning_rate": rate}, loss=loss).names()
+    assert ("learning_rate_too_high" in names) == blamed
+
+
 def test_a_high_rate_that_does_no_harm_is_not_blamed(path: Path) -> None:
     assert Run(path, options={"learning_rate": 0.03}, val={300: 4.05, 400: 4.0}).names() == []
 

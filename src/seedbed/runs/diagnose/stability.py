@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ JUMPED = 4.0  # deviations of a single loss, by which several of the first steps
 LASTING = 0.1  # share of the run after the peak that makes a climb more than a spike
 FAR_ABOVE = 2.0  # times the top of the range
 CLIMBED = 3.0  # standard errors, of several stretches together
-STUCK = 0.04  # the share by which a loss falls that does not get anywhere
+STUCK = 0.04  # the share by which a loss falls that does not get anywhere; more where the rate is beyond all doubt
 STRANGER = 0.3  # nats by which held-out text is predicted worse than training text that was not yet seen twice
 WORSENED = 0.01  # share of its best by which a validation loss has risen
 SGD_RATE = 0.1  # that usually goes well, momentum and all
@@ -224,7 +225,8 @@ def _stuck(facts: Facts) -> Harm | None:
     if facts.pretrained or facts.steps < facts.total_steps / 2:
         return None
     levels = facts.curve.between(max(facts.peak_step, facts.steps / 5), facts.learning_until)
-    if len(levels) < FEW_STRETCHES or levels[0] - levels[-3:].mean() > STUCK * levels[0]:
+    fall = STUCK * max(1.0, math.log10(facts.times_too_high))
+    if len(levels) < FEW_STRETCHES or levels[0] - levels[-3:].mean() > fall * levels[0]:
         return None
     first, last = float(levels[0]), float(levels[-1])
     return Harm(
