@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 from seedbed.adapter import read_adapter
@@ -92,7 +94,21 @@ def lay_out(tiny_run: Path, run: Path) -> Path:
                "base_model_name_or_path": "base", "fan_in_fan_out": False, "modules_to_save": None}  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
     (folder / "history.json").write_text(json.dumps({"version": 1, "stages": []}))
+    write_gguf(folder / "model.gguf")
     return folder
+
+
+def write_gguf(path: Path) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(32)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("token_embd.weight", np.zeros((2, 8), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 TARGETS: dict[str, tuple[str, Read]] = {
@@ -106,6 +122,7 @@ TARGETS: dict[str, tuple[str, Read]] = {
     "chat template": ("chat_template.jinja", lambda path: read_template(path.parent)),
     "adapter_config.json": ("adapter_config.json", lambda path: read_adapter(path.parent, read_config(path.parent))),
     "history": ("history.json", read_history_file),
+    "gguf": ("model.gguf", read_gguf),
     "config": ("config.yaml", lambda path: resolve("scratch", [read_config_file(str(path))])),
     "sweep": ("sweep.yaml", read_sweep_file),
     "rows": ("rows.jsonl", read_rows),
@@ -154,20 +171,3 @@ def peak_memory_mb_of_cpu() -> float:
     import torch
 
     return peak_memory_mb(torch.device("cpu"))
-
-
-def test_gguf(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
-    import numpy as np
-
-    writer = gguf.GGUFWriter(tmp_path / "whole.gguf", "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(32)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["a", "b"])
-    writer.add_tensor("token_embd.weight", np.zeros((2, 8), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    fuzz(read_gguf, tmp_path / "damaged.gguf", (tmp_path / "whole.gguf").read_bytes(), random.Random(0))
