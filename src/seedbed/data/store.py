@@ -21,6 +21,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from array import array
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -203,7 +204,7 @@ def _build(folder: Path, source: Source, reading: Reading, progress: Progress | 
 class _Batch:
     """Some documents as they stand in the store; every list but `ids` and `mask` has one entry a document."""
 
-    ids: list[int]
+    ids: array[int]
     mask: list[bool]
     lengths: list[int]
     starts: list[int]
@@ -267,13 +268,15 @@ def _texts(source: Source, tokenizer: Tokenizer) -> Generator[_Batch]:
         while prepared := upcoming.result():
             upcoming = reader.submit(next, pieces_of, None)
             texts, pieces, raw = prepared
-            encoded = iter(tokenizer.encode_batch([piece for some in pieces for piece in some]))
-            ids: list[int] = []
+            # A document larger than a batch is encoded a part at a time, and its numbers kept in four bytes each.
+            parts = batches_of_text(piece for some in pieces for piece in some)
+            encoded = (piece_ids for part in parts for piece_ids in tokenizer.encode_batch(part))
+            ids = array("I")
             lengths = []
             for some in pieces:
                 before = len(ids)
                 for _ in some:
-                    ids += next(encoded)
+                    ids.extend(next(encoded))
                 ids.append(tokenizer.eos_id)
                 lengths.append(len(ids) - before)
             num_bytes = [len(data) for data in raw]
@@ -288,7 +291,7 @@ def _conversations(source: Source, reading: Reading) -> Generator[_Batch]:
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     remaining = source.documents()
     while documents := list(islice(remaining, CONVERSATIONS_AT_ONCE)):
-        batch = _Batch([], [], [], [], [], [], [])
+        batch = _Batch(array("I"), [], [], [], [], [], [])
         for document in documents:
             messages = from_document(document)
             example = reading.template.example(messages, learn_all)
@@ -299,7 +302,7 @@ def _conversations(source: Source, reading: Reading) -> Generator[_Batch]:
                 start = first
             raw = document.encode()
             learnt = [m["content"] for m in messages if learn_all or m["role"] == "assistant"]
-            batch.ids += ids
+            batch.ids.extend(ids)
             batch.mask += mask
             batch.lengths.append(len(ids))
             batch.starts.append(start)
