@@ -10,11 +10,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
-TIME_LIMIT: Final = 75  # the exit code of a run whose `--max_training_hours` are over
+from seedbed.train.loop import TIME_LIMIT_EXIT_CODE
 
 
 def command(words: str) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def command(words: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "seedbed", *shlex.split(words), "--json"], capture_output=True, text=True
     )
-    if done.returncode not in (0, TIME_LIMIT):
+    if done.returncode not in (0, TIME_LIMIT_EXIT_CODE):
         sys.exit(done.stderr)
     facts: dict[str, Any] = json.loads(done.stdout)
     return facts

@@ -86,9 +86,7 @@ def link_checkpoint(source: Path, folder: Path, state: Mapping[str, Any], compan
     Raises:
         StorageError: the disk is full or refuses; `folder` is as it was before.
     """
-    known = {} if companions else _manifest_entries(source)
-    known.pop(STATE, None)
-    with _written_whole(folder) as temporary, _sealed(temporary, known):
+    with _written_whole(folder) as temporary, _sealed(temporary, {} if companions else _entries_but_state(source)):
         shutil.copytree(source, temporary, copy_function=_link_or_copy, dirs_exist_ok=True)
         for name in (STATE, MANIFEST):
             (temporary / name).unlink()
@@ -384,6 +382,10 @@ def _link_or_copy(source: str, target: str) -> None:
 def _manifest_entries(folder: Path) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     return entries
+
+
+def _entries_but_state(folder: Path) -> dict[str, dict[str, Any]]:
+    return {name: entry for name, entry in _manifest_entries(folder).items() if name != STATE}
 
 
 @contextmanager

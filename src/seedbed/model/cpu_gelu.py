@@ -27,15 +27,15 @@ def suits_pieces(x: Tensor) -> bool:
 
 def gelu_in_pieces(x: Tensor) -> Tensor:
     """GELU of any shape; for the way back its derivative is kept, in the type of `x`."""
+    x = x.contiguous()
     if torch.is_grad_enabled() and x.requires_grad:
         return _Gelu.apply(x)  # type: ignore[no-any-return,no-untyped-call]
-    return _gelu(x.contiguous())
+    return _gelu(x)
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
         slope = torch.empty_like(x)
         ctx.save_for_backward(slope)
         return _gelu(x, slope)
