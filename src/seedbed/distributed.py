@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from seedbed import errors
 from seedbed.errors import ConfigError, LostProcessError, SeedbedError
@@ -122,6 +123,13 @@ def total(value: float) -> float:
 def most(*values: float) -> Sequence[float]:
     """Of each value the largest that any process has."""
     return _group.reduced(values, dist.ReduceOp.MAX) if _group else values
+
+
+def of_first(tensor: Tensor) -> Tensor:
+    """What the first process has, in all of them; of one shape and type everywhere."""
+    if _group:
+        dist.broadcast(tensor, 0)
+    return tensor
 
 
 def on_first(work: Callable[[], T]) -> T:

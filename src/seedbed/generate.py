@@ -22,7 +22,8 @@ from seedbed.errors import ConfigError
 from seedbed.evaluate import evaluation_mode
 from seedbed.lookup import Lookup
 from seedbed.model.decoder import Decoder
-from seedbed.model.decoding import DecodingModel
+from seedbed.model.decoding import DecodingModel, Rereading
+from seedbed.parallel import is_sharded
 from seedbed.sampling import next_tokens, uniform_rows
 from seedbed.text.tokenizer import Tokenizer
 
@@ -63,7 +64,7 @@ def generate(
 
     Args:
         model: products run in the type of autocast where it is on, else in the model's; its training mode is
-            restored.
+            restored. Where every process has a part of it, all of them call this together.
         tokenizer: the one the model was trained with.
         prompts: texts, or token ids (a conversation's, see `Template.prompt_ids`); `batch_size` at a time.
         options: how to choose tokens and when to stop.
@@ -76,16 +77,18 @@ def generate(
         ConfigError: a prompt has more tokens than the model has positions, or a stop string is empty.
     """
     rows = _rows(model, tokenizer, prompts, options)
-    decoding = decoding or DecodingModel(model)
+    writer = decoding or (Rereading(model) if is_sharded(model) else DecodingModel(model))
     device = model.embed_tokens.weight.device.type
     # What decodes chooses its types itself.
     with evaluation_mode(model), torch.autocast(device, enabled=False):
         for first in range(0, len(rows), batch_size):
-            _write(decoding, rows[first : first + batch_size], options, on_text)
+            _write(writer, rows[first : first + batch_size], options, on_text)
     return [row.completion() for row in rows]
 
 
-def _write(decoding: DecodingModel, rows: list[_Row], options: SamplingOptions, on_text: OnText | None) -> None:
+def _write(
+    decoding: DecodingModel | Rereading, rows: list[_Row], options: SamplingOptions, on_text: OnText | None
+) -> None:
     """Read the prompts, then add tokens to every row at a time until the last row ends."""
     # The last token of a row is never fed.
     logits = decoding.read([row.prompt_ids for row in rows], max(len(row.prompt_ids) + row.limit for row in rows) - 1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from seedbed.lora import add_adapter
 from seedbed.model.decoder import Decoder
 
 Method = Literal["ddp", "fsdp"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(
         tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
     )
+
+
+def with_weights(model: nn.Module, work: Callable[[], T]) -> T:
+    """What `work` gives, plain JSON, which reads the model: done by the first process for all, or by all at once."""
+    return work() if is_sharded(model) else distributed.on_first(work)
 
 
 def put_apart(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from seedbed import checkpoint, distributed
 from seedbed.cli import app
 from seedbed.runs.folder import read_records, read_summary
 from seedbed.train import saving, step
+from seedbed.train.spikes import RecentLosses, Usual
 from tests.runs.conftest import KEEPING, TINY, events
 from tests.runs.processes import start_together, wait_for
 
@@ -77,6 +78,11 @@ def curve(run: Path) -> dict[tuple[int, str], float]:
     return {(r["step"], name): r[name] for r in records for name in names if name in r}
 
 
+def samples(run: Path) -> list[str]:
+    """What the model wrote at each validation."""
+    return [record["text"] for record in read_records(run / "samples.jsonl")]
+
+
 def same_curve(run: Path, other: Path, tolerance: float = EQUAL) -> None:
     """Require that two runs learnt the same."""
     assert curve(run) == pytest.approx(curve(other), abs=tolerance)
@@ -98,7 +104,25 @@ def test_the_same_curve_however_many_processes(
 ) -> None:
     assert together(size, tmp_path / "run", **options) == [0] * size
     same_curve(tmp_path / "run", alone)
+    assert samples(tmp_path / "run") == samples(alone)
     assert not any(together.said(rank) for rank in range(1, size))
+
+
+def test_a_step_whose_loss_jumps_is_looked_at_by_all(
+    together: Together, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def jumps_at_five(_self: object, step: int, _loss: float, *, taken: bool = True) -> Usual | None:
+        return Usual(1.0, 0.1) if step == 5 and taken else None
+
+    monkeypatch.setattr(RecentLosses, "add", jumps_at_five)
+    found = []
+    for size, parallel in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
+        run = tmp_path / f"{size}-{parallel}"
+        assert together(size, run, batch_size=8 // size, parallel=parallel) == [0] * size
+        [event] = events(run, "loss_spike")
+        found.append({row["row"]: row["loss"] for row in event["worst_rows"]} | {"again": event["again_loss"]})
+    assert found[1] == pytest.approx(found[0], abs=2e-4)
+    assert found[2] == pytest.approx(found[0], abs=2e-4)
 
 
 def test_a_run_goes_on_with_other_numbers_of_processes(together: Together, alone: Path, tmp_path: Path) -> None:

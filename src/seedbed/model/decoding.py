@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from seedbed import distributed
 from seedbed.device import product_type
 from seedbed.model.attention import RMSNorm, rotation
 from seedbed.model.decoder import AdaptedLinear, Block, Decoder, GeluMLP
@@ -154,6 +155,48 @@ class DecodingModel:
 
     def _logits(self, x: Tensor) -> Tensor:
         return self._head(self._final_norm(x)).float()
+
+
+class Rereading:
+    """What writes with a `Decoder` of which each process has a part: nothing is laid out, each pass reads rows anew.
+
+    All processes use it at once and see the first one's logits, so that they write the same.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        self._model, self._dtype = model, product_type(model.embed_tokens.weight)
+        self._device = model.embed_tokens.weight.device
+        self._rows: list[list[int]] = []
+
+    def read(self, prompts: Sequence[Sequence[int]], max_len: int) -> Tensor:
+        """As `DecodingModel.read`."""
+        self._rows, self._max_len = [list(prompt) for prompt in prompts], max_len
+        return self._logits(1)[:, 0]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """As `DecodingModel.step`."""
+        self._rows = [[*row, *added] for row, added in zip(self._rows, tokens.tolist(), strict=True)]
+        return self._logits(tokens.shape[1])
+
+    def forget(self, counts: Sequence[int]) -> None:
+        """Take back so many of the newest tokens of each row, B of them."""
+        self._rows = [row[: len(row) - count] for row, count in zip(self._rows, counts, strict=True)]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        self._rows = [self._rows[row] for row in rows]
+
+    def _logits(self, newest: int) -> Tensor:
+        """(B, N, V) float32, of what follows each of the `newest` tokens."""
+        lengths = torch.tensor([len(row) for row in self._rows], device=self._device)
+        width = min(_rounded(int(lengths.max())), self._max_len)
+        filled = [[*row, *[0] * (width - len(row))][:width] for row in self._rows]
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            hidden = self._model(torch.tensor(filled, device=self._device))  # (B, T, D)
+            asked = (lengths[:, None] - newest + torch.arange(newest, device=self._device)).clamp(max=width - 1)
+            hidden = hidden.gather(1, asked[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, N, D)
+            logits: Tensor = self._model.logits(hidden).float()
+        return distributed.of_first(logits)
 
 
 class _DecodingBlock:

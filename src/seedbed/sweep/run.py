@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,7 @@ def run_sweep(
     Raises:
         ConfigError: everything that is wrong with the file, or what changed in it, before any run is started.
         StorageError: the folder cannot be written.
+        OSError: no folder can have its name.
     """
     console = console or Console()
     plan = make_plan(Path(file))
@@ -65,6 +67,8 @@ def run_sweep(
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "sweep.yaml", plan.to_yaml())
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise
         raise StorageError(f"{folder}: the sweep's folder cannot be made ({error.strerror}); choose --output") from None
     slots = make_slots(at_once, {run.config.training.device for run in plan.runs.values()})
     with (

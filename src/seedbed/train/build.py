@@ -22,7 +22,7 @@ from seedbed.findings import Finding, sift
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder, num_parameters
 from seedbed.optim import build_optimizer, load_optimizer_tensors
-from seedbed.parallel import Method, is_sharded, spread
+from seedbed.parallel import Method, spread
 from seedbed.runs.folder import RECORD_FILES
 from seedbed.schedule import Schedule
 from seedbed.text.template import Template
@@ -117,7 +117,7 @@ def build_job(start: Start, display: Display) -> Job:
         epochs=epochs,
         total_steps=total_steps,
         parent=start.config.parent or start.parent or (None if config.regime == "scratch" else config.model.model),
-        sample=None if is_sharded(model) else sample,
+        sample=sample,
         keeping=made.keeping,
         facts={
             "shape": facts_of_shape(model.config),

@@ -110,8 +110,8 @@ class Job:
     """None, like `epochs`, when only the clock ends the run."""
     parent: str | None
     """The checkpoint or pretrained model this run began from."""
-    sample: Prompt | None
-    """What the model continues, or answers, at each validation; nothing where no process has all of its weights."""
+    sample: Prompt
+    """What the model continues, or answers, at each validation."""
     keeping: Keeping
     facts: Mapping[str, Any]
     """What `metrics.json` says of the model and the text besides."""

@@ -17,7 +17,7 @@ from seedbed.data.rows import Rows
 from seedbed.device import autocast, describe, peak_memory_mb
 from seedbed.errors import DivergedError, OutOfMemoryError, SeedbedError, StorageError
 from seedbed.generate import generate
-from seedbed.parallel import is_sharded
+from seedbed.parallel import is_sharded, with_weights
 from seedbed.runs.folder import FINISHED, read_summary
 from seedbed.runs.series import NOTHING, read_series
 from seedbed.train.guard import Guard
@@ -247,9 +247,7 @@ class Loop:
     def record_spike(self, result: StepResult, usual: Usual) -> None:
         """Say and keep what a step was made of whose loss stands far above the others."""
         job, state = self.job, self.state
-        if is_sharded(job.model):  # no process could look alone
-            return
-        found = distributed.on_first(lambda: look_at_spike(job, state.step - 1))
+        found = with_weights(job.model, lambda: look_at_spike(job, state.step - 1))
         job.run.event(
             "loss_spike",
             state.step,
@@ -312,8 +310,7 @@ class Loop:
             within = self.watch_forgetting(metrics) or job.keeping.on_forgetting == "warn"
             improved = improved and within
         state.validated_step = state.step
-        if self.job.sample is not None:
-            distributed.on_first(self.sample)
+        with_weights(job.model, self.sample)
         if improved:
             self.saver.save_best()
         self.summarize("running")
@@ -360,12 +357,11 @@ class Loop:
     def sample(self) -> None:
         """Let the model continue the fixed prompt: one seed throughout, so that only the weights differ."""
         job, prompt = self.job, self.job.sample
-        assert prompt is not None
         try:
             with autocast(job.device, job.precision):
                 [completion] = generate(job.model, job.tokenizer, [prompt.given], SAMPLE)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or is_sharded(job.model):  # the other processes wait for this one
                 raise
             job.run.event("out_of_memory", self.state.step, during="writing")
             self.display.line(f"Step {self.state.step}: out of memory; no sample this time")

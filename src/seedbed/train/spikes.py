@@ -14,6 +14,7 @@ from torch import Tensor
 from seedbed.data.rows import NO_TARGET
 from seedbed.device import Precision
 from seedbed.evaluate import evaluation_mode
+from seedbed.parallel import is_sharded
 from seedbed.train.job import Job
 from seedbed.train.measure import place_losses
 
@@ -91,7 +92,9 @@ def look_at_spike(job: Job, step: int) -> dict[str, Any]:
     rows = measured_rows(job, step, job.precision)
     nats, places = sum(row.nats for row in rows), sum(len(row.input_ids) for row in rows)
     worst = sorted(rows, key=lambda row: -row.loss)[:ROWS_NAMED]
-    in_float32 = None if job.precision == "fp32" else _loss(measured_rows(job, step, "fp32"))
+    # What is in parts is put together in bf16.
+    again = job.precision != "fp32" and not is_sharded(job.model)
+    in_float32 = _loss(measured_rows(job, step, "fp32")) if again else None
     return {
         "rows": [first, first + len(rows) - 1],
         "tokens": sum(row.tokens for row in rows),

@@ -341,6 +341,7 @@ def test_plan_counts_parameters(flags: list[str], parameters: int, capsys: pytes
         ["verify", "x" * 400],
         ["diagnose", "x" * 400],
         ["import", "x" * 400, "--output", "there"],
+        ["sweep", "grid.yaml", "--output", "x" * 400],
     ],
 )
 @pytest.mark.parametrize("there", [[], ["runs"]], ids=["first run", "later run"])
@@ -352,6 +353,7 @@ def test_a_name_that_no_file_can_have(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("grid.yaml").write_text("verb: pretrain\nbase: {data: text.txt}\ngrid: {learning_rate: [1e-3, 1e-4]}\n")
     for folder in there:
         Path(folder).mkdir()
     assert run(words) == 2
