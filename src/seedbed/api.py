@@ -103,7 +103,13 @@ class LanguageModel:
             return DecodingModel(self.decoder)
 
     def evaluate(
-        self, data: str, *, max_seq_len: int | None = None, stride: int | None = None, document: str | None = None
+        self,
+        data: str,
+        *,
+        max_seq_len: int | None = None,
+        stride: int | None = None,
+        document: str | None = None,
+        precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32",
     ) -> Evaluation:
         """How well the model predicts a text, or the answers of conversations: its loss and perplexities.
 
@@ -112,18 +118,21 @@ class LanguageModel:
             max_seq_len: tokens predicted in one window; by default what the model allows, at most 1024.
             stride: tokens between windows; smaller gives each token more context and takes longer.
             document: what separates documents, as `--document` has it; by default a file is one.
+            precision: of the matrix products.
         """
         source = open_whole(data, document=document)
         length = max_seq_len or min(1024, self.decoder.config.max_seq_len)
         template = None if source.format == "text" else find_template(self.tokenizer, None, source.format)
-        return evaluate(
-            self.decoder,
-            self.tokenizer,
-            source.documents(),
-            max_seq_len=length,
-            stride=stride,
-            template=template,
-        )
+        device = self.decoder.embed_tokens.weight.device
+        with autocast(device, pick_precision(precision, device)):
+            return evaluate(
+                self.decoder,
+                self.tokenizer,
+                source.documents(),
+                max_seq_len=length,
+                stride=stride,
+                template=template,
+            )
 
 
 class Trainer:

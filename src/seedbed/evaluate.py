@@ -118,7 +118,7 @@ def evaluate(
     processes, each scores some of the batches.
 
     Args:
-        model: in its own type; its training mode is restored.
+        model: products run in the type of autocast where it is on, else in the model's; its training mode is restored.
         tokenizer: the one the model was trained with.
         documents: the texts, or conversations as `data.conversations` writes them, read once.
         max_seq_len: tokens predicted in one window, and the most that any of them sees.

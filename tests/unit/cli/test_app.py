@@ -167,6 +167,7 @@ FLAGS: dict[str, set[str]] = {
         "--stride",
         "--batch_size",
         "--device",
+        "--precision",
         "--json",
     },
     "generate": {

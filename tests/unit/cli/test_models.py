@@ -81,6 +81,8 @@ def test_evaluate_on_a_text_and_on_what_the_run_held_out(
     assert held_out["data"] == f"held out by {tiny_run}"
     same = run_json(["evaluate", "--model", str(tiny_run / "checkpoints" / "best"), "--stride", "16"], capsys)
     assert same["nats_per_token"] == held_out["nats_per_token"]
+    rounded = run_json(["evaluate", "--model", str(tiny_run), "--stride", "16", "--precision", "bf16"], capsys)
+    assert 0 < abs(rounded["nats_per_token"] - held_out["nats_per_token"]) < 0.02
 
 
 def test_evaluate_for_people(tiny_run: Path, small_text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
