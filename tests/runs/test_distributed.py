@@ -17,7 +17,7 @@ import torch
 from seedbed import checkpoint, distributed
 from seedbed.cli import app
 from seedbed.runs.folder import read_records, read_summary
-from seedbed.train import saving, step
+from seedbed.train import loop, saving, step
 from seedbed.train.spikes import RecentLosses, Usual
 from tests.runs.conftest import KEEPING, TINY, events
 from tests.runs.processes import start_together, wait_for
@@ -307,6 +307,15 @@ def test_out_of_memory_in_one_ends_all_with_its_cause(
     assert "FIRED" in together.said(1)
     assert "process 1, cpu: out of memory with 4 rows at a time" in together.said(1)
     assert read_summary(tmp_path / "run")["status"] == "failed"
+
+
+def test_out_of_memory_while_all_write_a_sample(
+    together: Together, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "generate", fail_in(1, loop.generate, 1, MemoryError()))
+    assert together(2, tmp_path / "run", parallel="fsdp") == [7, 7]
+    assert "FIRED" in together.said(1)
+    assert "process 1, cpu: out of memory while a sample was written" in together.said(1)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -17,7 +17,7 @@ from seedbed.data.rows import Rows
 from seedbed.device import autocast, describe, peak_memory_mb
 from seedbed.errors import DivergedError, OutOfMemoryError, SeedbedError, StorageError
 from seedbed.generate import generate
-from seedbed.parallel import is_sharded, with_weights
+from seedbed.parallel import with_weights
 from seedbed.runs.folder import FINISHED, read_summary
 from seedbed.runs.series import NOTHING, read_series
 from seedbed.train.guard import Guard
@@ -361,10 +361,9 @@ class Loop:
             with autocast(job.device, job.precision):
                 [completion] = generate(job.model, job.tokenizer, [prompt.given], SAMPLE)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or is_sharded(job.model):  # the other processes wait for this one
+            if not is_out_of_memory(error):
                 raise
-            job.run.event("out_of_memory", self.state.step, during="writing")
-            self.display.line(f"Step {self.state.step}: out of memory; no sample this time")
+            self.recovery.do_without_sample()
             return
         job.run.append("samples.jsonl", {"step": self.state.step, "prompt": prompt.shown, "text": completion.text})
         answers = not isinstance(prompt.given, str)

@@ -54,6 +54,21 @@ class Recovery:
             f"{job.rows_per_step} an update as before"
         )
 
+    def do_without_sample(self) -> None:
+        """Go on without what the model would have written.
+
+        Raises:
+            OutOfMemoryError: other processes write it together with this one.
+        """
+        job, state = self._job, self._job.state
+        if parallel.is_sharded(job.model):
+            raise OutOfMemoryError(
+                f"process {distributed.rank()}, {job.device}: out of memory while a sample was written; free some, "
+                "and the same command goes on"
+            )
+        job.run.event("out_of_memory", state.step, during="writing")
+        self._display.line(f"Step {state.step}: out of memory; no sample this time")
+
     def undo_torn_update(self) -> None:
         """Back to the last checkpoint, since the weights are neither of one step nor of the next.
 
