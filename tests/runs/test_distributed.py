@@ -16,6 +16,7 @@ import torch
 
 from seedbed import checkpoint, distributed
 from seedbed.cli import app
+from seedbed.generate import generate
 from seedbed.runs.folder import read_records, read_summary
 from seedbed.train import loop, saving, step
 from seedbed.train.spikes import RecentLosses, Usual
@@ -312,7 +313,7 @@ def test_out_of_memory_in_one_ends_all_with_its_cause(
 def test_out_of_memory_while_all_write_a_sample(
     together: Together, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "generate", fail_in(1, loop.generate, 1, MemoryError()))
+    monkeypatch.setattr(loop, "generate", fail_in(1, generate, 1, MemoryError()))
     assert together(2, tmp_path / "run", parallel="fsdp") == [7, 7]
     assert "FIRED" in together.said(1)
     assert "process 1, cpu: out of memory while a sample was written" in together.said(1)
