@@ -109,7 +109,7 @@ class LanguageModel:
         max_seq_len: int | None = None,
         stride: int | None = None,
         document: str | None = None,
-        precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32",
+        precision: Precision | Literal["auto"] = "fp32",
     ) -> Evaluation:
         """How well the model predicts a text, or the answers of conversations: its loss and perplexities.
 
