@@ -71,7 +71,7 @@ class DecodingModel:
         self._lengths = [len(prompt) for prompt in prompts]
         width, self._max_len = _rounded(max(self._lengths)), max_len
         # What fills up a short row comes after it: its own tokens never look there.
-        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in prompts], device=device)  # (B, T)
+        tokens = _filled_up(prompts, width, device)  # (B, T)
         # One slot more than asked for: what is added beyond the others goes there.
         shape = (len(self._blocks), len(prompts) * c.num_kv_heads, _rounded(max_len + 1), c.head_dim)
         # Attention to few tokens is faster in float32 on a CPU.
@@ -190,9 +190,8 @@ class Rereading:
         """(B, N, V) float32, of what follows each of the `newest` tokens."""
         lengths = torch.tensor([len(row) for row in self._rows], device=self._device)
         width = min(_rounded(int(lengths.max())), self._max_len)
-        filled = [[*row, *[0] * (width - len(row))][:width] for row in self._rows]
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            hidden = self._model(torch.tensor(filled, device=self._device))  # (B, T, D)
+            hidden = self._model(_filled_up([row[:width] for row in self._rows], width, self._device))  # (B, T, D)
             asked = (lengths[:, None] - newest + torch.arange(newest, device=self._device)).clamp(max=width - 1)
             hidden = hidden.gather(1, asked[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, N, D)
             logits: Tensor = self._model.logits(hidden).float()
@@ -239,6 +238,11 @@ class _DecodingBlock:
             gate, h = h.chunk(2, -1)
             h = F.silu(gate) * h
         return x + self._down(h)
+
+
+def _filled_up(rows: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
+    """(B, T) tokens, with zeros after those of a short row."""
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
 
 
 def _rounded(length: int) -> int:

@@ -29,6 +29,22 @@ FINISHED = ("done", "early_stopped")
 RECORD_FILES = ("metrics.jsonl", "samples.jsonl", "events.jsonl")
 
 
+@contextlib.contextmanager
+def being_made(what: str, folder: Path) -> Iterator[None]:
+    """Around what makes `folder`, which the user named.
+
+    Raises:
+        StorageError: it cannot be made or written.
+        OSError: no folder can have its name.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise
+        raise StorageError(f"{folder}: {what} cannot be made ({error.strerror}); choose another --output") from None
+
+
 class RunFolder:
     """One run's folder, open for writing by this process alone.
 
@@ -42,15 +58,9 @@ class RunFolder:
         self.path = path
         self._found = {entry.name for entry in path.iterdir()} if path.is_dir() else None
         self.checkpoints = path / "checkpoints"
-        try:
+        with being_made("the run folder", path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a")
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                raise
-            raise StorageError(
-                f"{path}: the run folder cannot be made ({error.strerror}); choose another --output"
-            ) from None
         if fcntl is not None:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

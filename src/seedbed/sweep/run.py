@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from seedbed.errors import ConfigError, RunInUseError, StorageError
-from seedbed.runs.folder import update_summary, write_atomically
+from seedbed.errors import ConfigError, RunInUseError
+from seedbed.runs.folder import being_made, update_summary, write_atomically
 from seedbed.runs.info import read_run
 from seedbed.runs.table import status
 from seedbed.sweep.children import Children, make_slots
@@ -63,13 +62,9 @@ def run_sweep(
     plan = make_plan(Path(file))
     folder = folder_of(file, output)
     remarks = changes(plan, folder)
-    try:
+    with being_made("the sweep's folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "sweep.yaml", plan.to_yaml())
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise
-        raise StorageError(f"{folder}: the sweep's folder cannot be made ({error.strerror}); choose --output") from None
     slots = make_slots(at_once, {run.config.training.device for run in plan.runs.values()})
     with (
         Children(slots) as children,
