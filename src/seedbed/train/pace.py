@@ -27,11 +27,10 @@ class Pace:
         forward = costs.ends.forward_seconds + sum(kind.count * cost.forward_seconds for kind, cost in kinds)
         if run.config.continues and "kl" in ways_to_keep(run.config):
             training += forward + costs.ends.seconds
-        token = costs.ends.token_seconds + sum(kind.count * cost.token_seconds for kind, cost in kinds)
         rows = self.rows_per_step / self.training.batch_size / run.processes
         self.step = rows * (wider * training + look.seconds) + trained * costs.update_seconds + STEP_SECONDS
         batches = sum(len(held_out) for held_out in run.held_out) / look.batch.input_ids.shape[0]
-        self.validation = batches * (wider * forward + look.seconds) + SAMPLE.max_new_tokens * token
+        self.validation = batches * (wider * forward + look.seconds) + SAMPLE.max_new_tokens * costs.token_seconds
         self.checkpoint_bytes = costs.state_bytes * trained + 4.0 * (trained if model.adapter else parameters)
         targets = float((look.batch.labels != IGNORE).float().mean())
         per_row = sum(kind.count * block_flops(kind, look.width, training=True) for kind, _ in kinds)

@@ -11,7 +11,7 @@ from seedbed.data.conversations import from_document
 from seedbed.data.lint import NAMES as LINT_NAMES
 from seedbed.data.lint import lint, lint_texts
 from seedbed.data.overlap import NAME as OVERLAP
-from seedbed.device import describe, pick_device, pick_precision
+from seedbed.device import describe, keep_memory, pick_device, pick_precision
 from seedbed.findings import Finding, check_allowed
 from seedbed.model.decoder import num_parameters
 from seedbed.schedule import Schedule
@@ -61,6 +61,8 @@ def plan_run(config: Config, display: Display, memory_limit: str | None = None) 
     config = config.update("this machine", precision=precision)
     planned = _pretraining(config, display) if config.regime == "scratch" else _finetuning(config, display)
     processes, sharded = config.training.processes or 1, config.training.parallel == "fsdp"
+    if not sharded:
+        keep_memory()  # as the run will
     with display.working("Measuring"):
         expected = forecast(replace(planned.workload, processes=processes, sharded=sharded))
     findings = [*planned.findings, *expected.findings()]

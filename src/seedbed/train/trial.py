@@ -33,6 +33,7 @@ from seedbed.lowbit import NF4Weight
 from seedbed.model.attention import rotation
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Block, Decoder, segment_mask
+from seedbed.model.decoding import DecodingModel
 from seedbed.optim import build_optimizer, optimizer_tensors
 from seedbed.train.finetune import hold_frozen, make_adapter
 
@@ -64,7 +65,6 @@ class BlockCost:
 
     seconds: float  # forward and backward
     forward_seconds: float  # without gradients
-    token_seconds: float  # one token, when the model writes
     kept_bytes: float  # from its forward to its backward pass
     working_bytes: float  # beyond that and its gradients, while its backward pass runs
     weight_bytes: int
@@ -78,6 +78,8 @@ class Costs:
     blocks: Sequence[BlockCost]
     ends: BlockCost
     """Embedding, final norm, head and loss; its bytes are what the loss does not hold."""
+    token_seconds: float
+    """One token of a text that the whole model writes."""
     update_seconds: float  # for a weight
     state_bytes: float  # of the optimizer, for a weight
 
@@ -151,8 +153,9 @@ def try_out(
             trial.block(Kind(block, kind.count, kind.carries), 2 * share) for block, kind in _pairs(sample, kinds)
         ]
         ends = trial.ends(2 * share)
+        token_seconds = trial.token_seconds(model, share / 20)
         update_seconds, state_bytes = _time_update(sample, config, share)
-    return Costs(blocks, ends, update_seconds, state_bytes)
+    return Costs(blocks, ends, token_seconds, update_seconds, state_bytes)
 
 
 def _pairs(sample: Decoder, kinds: Sequence[Kind]) -> Iterator[tuple[Block, Kind]]:
@@ -198,14 +201,11 @@ class _Trial:
 
         back, piece = self.pace(flops, lambda piece: self._block_pass(kind, piece), seconds * 2 / 3)
         forward, _ = self.pace(flops, lambda piece: self._block_pass(kind, piece, training=False), seconds / 3)
-        one = self.piece(1, 1)
-        token = _median_seconds(self._block_pass(kind, one, training=False), self.device, seconds / 20)
         kept, working = self._weigh_block(kind, piece)
         scale = self.rows * self.width / piece.input_ids.numel()
         return BlockCost(
             back,
             forward,
-            token,
             kept * scale,
             working * scale,
             sum(map(tensor_bytes, kind.block.parameters())),
@@ -220,18 +220,40 @@ class _Trial:
 
         back, _ = self.pace(flops, self._ends_pass, seconds * 2 / 3)
         forward, _ = self.pace(flops, lambda piece: self._ends_pass(piece, training=False), seconds / 3)
-        token = _median_seconds(self._write_token, self.device, seconds / 20)
         outside = [p for name, p in self.model.named_parameters() if not name.startswith("blocks.")]
         hidden = 4 * self.rows * self.width * self.model.config.d_model
         return BlockCost(
             back,
             forward,
-            token,
             3 * hidden,  # the embedded tokens, the normalised ones, and the loss's gradient for them
             0.0,
             sum(map(tensor_bytes, outside)),
             2 * self.model.config.vocab_size * self.model.config.d_model if self.precision != "fp32" else 0,
         )
+
+    def token_seconds(self, whole: Decoder, seconds: float) -> float:
+        """Writing a token reads all weights once: the time that some blocks take, for those of the whole model."""
+        block = self.model.blocks[0]
+        copies = max(1, min(len(whole.blocks), UPDATED // _size(block)))
+        tried, self.model.blocks = self.model.blocks, nn.ModuleList([block] * copies)
+        try:
+            with autocast(self.device, self.precision):
+                decoding = DecodingModel(self.model)
+        finally:
+            self.model.blocks = tried
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+
+        @torch.inference_mode()
+        def write() -> None:
+            decoding.step(token).sort(descending=True)
+            decoding.forget([1])
+
+        with torch.inference_mode():
+            decoding.read([[0]], max_len=2)
+        write()
+        outside = _size(self.model) - _size(self.model.blocks)
+        share = (outside + copies * _size(block)) / (outside + len(whole.blocks) * _size(block))
+        return _median_seconds(write, self.device, seconds) / share
 
     def cast_bytes(self, block: Block) -> int:
         """What autocast makes of a block's frozen float32 matrices; layers that learn cast theirs again."""
@@ -342,13 +364,6 @@ class _Trial:
 
         return train if training else look
 
-    @torch.no_grad()
-    def _write_token(self) -> None:
-        """Head and choice of one token."""
-        with autocast(self.device, self.precision):
-            x = self.model.final_norm(self.model.embed_tokens(self.batch.input_ids[:1, :1]))  # (1, 1, D)
-            self.model.logits(x).float().sort(descending=True)
-
 
 def _time_update(sample: Decoder, config: Config, seconds: float) -> tuple[float, float]:
     """Seconds and bytes of optimizer state for one trained weight, gradients clipped as in a run."""
@@ -401,6 +416,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+def _size(part: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in part.parameters())
 
 
 def tensor_bytes(tensor: Tensor) -> int:
