@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +24,20 @@ _TABLES = ("embed_", "lm_head")
 """How the names of matrices begin that have a row for each token or position."""
 
 _MIN_SIZE_8BIT = 4096  # smaller parameters keep their moments in float32
+
+
+@contextmanager
+def compiler_beside() -> Iterator[None]:
+    """Load torch's compiler, which making any optimizer does, beside the work inside: a second of every start.
+
+    That work should import nothing: of modules that two threads load at once, one may see the half.
+    """
+    loading = threading.Thread(target=importlib.import_module, args=("torch._dynamo",))
+    loading.start()
+    try:
+        yield
+    finally:
+        loading.join()
 
 
 def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:

@@ -21,6 +21,7 @@ from seedbed.model.config import DecoderConfig, from_scratch
 from seedbed.model.decoder import Adapter, Base, Decoder, num_parameters
 from seedbed.model.hub import find_pretrained
 from seedbed.model.weights import load_decoder, read_config, weights_fingerprint
+from seedbed.optim import compiler_beside
 from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.announce import banner
@@ -56,7 +57,7 @@ def from_pretrained_weights(start: Start, config: Config, display: Display) -> I
 
 def load_prepared(start: Start, made: Prepared, folder: Path, display: Display) -> Decoder:
     """The model of `folder` as it is prepared for the run, or that of the checkpoint to go on from."""
-    with display.working(f"Loading {made.config.model.model}"):
+    with display.working(f"Loading {made.config.model.model}"), compiler_beside():
         model = _adapted_model(start, made, folder) if made.adapter else _whole_model(start, made, folder)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     require_room(start.run.path, num_parameters(model.config), trained, adapter=made.adapter is not None)

@@ -200,7 +200,7 @@ def forecast_run(
         processes=distributed.size(),
         sharded=is_sharded(model),
     )
-    return forecast(workload, seconds=1.0)
+    return forecast(workload, seconds=0.5)
 
 
 def forecast(run: Workload, seconds: float = 3.0) -> Forecast:

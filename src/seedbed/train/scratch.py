@@ -15,6 +15,7 @@ from seedbed.errors import ConfigError
 from seedbed.model.config import DecoderConfig, from_scratch
 from seedbed.model.decoder import Decoder, num_parameters
 from seedbed.model.weights import load_decoder, read_config
+from seedbed.optim import compiler_beside
 from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.announce import banner
@@ -34,7 +35,8 @@ def from_random_weights(start: Start, config: Config, display: Display) -> Ingre
     shape = decoder_config(config.model, data, own.tokenizer.vocab_size)
     parameters = num_parameters(shape)
     require_room(start.run.path, parameters, parameters, adapter=False)
-    model = initial_model(shape, start.checkpoint, own.tokenizer, config.training.seed)
+    with compiler_beside():
+        model = initial_model(shape, start.checkpoint, own.tokenizer, config.training.seed)
     return Ingredients(
         with_shape(config, shape), own.texts, own.tokenizer, own.template, own.corpus, model, own.corpus.rows
     )
