@@ -92,9 +92,12 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """On the parameter's device, and of it the part that this process has of the parameter."""
+    """A copy on the parameter's device, and of it the part that this process has of the parameter.
+
+    What is a view of a file would be copied in the first step, page by page: that takes three times as long.
+    """
     if not is_part(parameter) or not tensor.dim():
-        return tensor.to(parameter.device)
+        return tensor.to(parameter.device, copy=True)
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(parameter, DTensor)

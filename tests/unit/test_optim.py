@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -251,3 +254,31 @@ def test_8_bit_moments_without_their_library_or_kernels_are_refused(monkeypatch:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingExtra, match=r"8-bit optimizers need the extra 'lowbit'"):
         build_optimizer(nn.Linear(64, 64), options(optimizer="adamw8bit"))
+
+
+def test_the_compiler_is_there_after_the_work_beside_it() -> None:
+    code = """
+        import sys, torch
+        from seedbed.optim import compiler_beside
+        assert "torch._dynamo" not in sys.modules
+        try:
+            with compiler_beside():
+                torch.ones(3)
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            assert "torch._dynamo" in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+def test_moments_from_a_file_are_copies_in_memory(tmp_path: Path) -> None:
+    saved = {"weight/step": torch.tensor(1.0), "weight/exp_avg": torch.ones(64), "weight/exp_avg_sq": torch.ones(64)}
+    path = tmp_path / "moments.safetensors"
+    save_file(saved, path)
+    model = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(64))})
+    optimizer = build_optimizer(model, options())
+    with safe_open(path, framework="pt") as file:
+        load_optimizer_tensors(model, optimizer, {name: file.get_tensor(name) for name in saved})
+    with path.open("r+b") as stream:
+        stream.write(bytes(path.stat().st_size))  # a view of the file would show it
+    assert torch.equal(optimizer_tensors(model, optimizer)["weight/exp_avg"], torch.ones(64))
