@@ -14,6 +14,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,14 +167,21 @@ def _pairs(sample: Decoder, kinds: Sequence[Kind]) -> Iterator[tuple[Block, Kind
 
 def _with_weights(model: Decoder, kinds: Sequence[Kind], config: Config, device: torch.device) -> Decoder:
     """`model` with one block of each kind, and the same number for all of its weights."""
-    whole, model.blocks = model.blocks, nn.ModuleList(kind.block for kind in kinds)
-    try:
+    with _only(model, [kind.block for kind in kinds]):
         sample = _materialized(model, device)
-    finally:
-        model.blocks = whole
     if config.with_lora:
         hold_frozen(sample, config)
     return sample.train()
+
+
+@contextmanager
+def _only(model: Decoder, blocks: Sequence[Block]) -> Iterator[None]:
+    """`model` has just these blocks for a while."""
+    whole, model.blocks = model.blocks, nn.ModuleList(blocks)
+    try:
+        yield
+    finally:
+        model.blocks = whole
 
 
 @torch.no_grad()
@@ -234,13 +242,10 @@ class _Trial:
     def token_seconds(self, whole: Decoder, seconds: float) -> float:
         """Writing a token reads all weights once: the time that some blocks take, for those of the whole model."""
         block = self.model.blocks[0]
+        assert isinstance(block, Block)
         copies = max(1, min(len(whole.blocks), UPDATED // _size(block)))
-        tried, self.model.blocks = self.model.blocks, nn.ModuleList([block] * copies)
-        try:
-            with autocast(self.device, self.precision):
-                decoding = DecodingModel(self.model)
-        finally:
-            self.model.blocks = tried
+        with _only(self.model, [block] * copies), autocast(self.device, self.precision):
+            decoding = DecodingModel(self.model)
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
 
         @torch.inference_mode()
