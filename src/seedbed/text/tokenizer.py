@@ -248,8 +248,7 @@ class Tokenizer:
         Raises:
             CheckpointError: the tokenizer was loaded from a damaged file, which shows only now.
         """
-        with _damage_is_told():
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return list(_encode(self._backend, text).ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, computed on all cores. Raises as `encode` does."""
@@ -263,15 +262,16 @@ class Tokenizer:
         """Token ids of a text whose special tokens count as such, and the characters (from, to) of each token.
 
         literal: places in the text; a special token's name across one of them is text like any other.
+        Raises as `encode` does.
         """
         if not literal:
-            encoding = self._recognising.encode(text, add_special_tokens=False)
+            encoding = _encode(self._recognising, text)
             return encoding.ids, encoding.offsets
         characters = list(text)
         for place in literal:
             characters[place - 1] = "\ufffd"  # only so that the special tokens that do count are found
         masked = "".join(characters)
-        encoding = self._recognising.encode(masked, add_special_tokens=False)
+        encoding = _encode(self._recognising, masked)
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         section: list[tuple[int, tuple[int, int]]] = []  # tokens since the last special one
@@ -298,7 +298,7 @@ class Tokenizer:
         """Tokens of a part of the text without special ones, as they are where they stand."""
         # Some tokenizers add a space where a text begins; a token before the part shows that it does not begin here.
         before = BOUNDARY if start else ""
-        encoding = self._literal.encode(before + text[start:end], add_special_tokens=False)
+        encoding = _encode(self._literal, before + text[start:end])
         first, shift = (1 if start else 0), start - len(before)
         moved = [(begin + shift, end + shift) for begin, end in encoding.offsets[first:]]
         return list(zip(encoding.ids[first:], moved, strict=True))
@@ -328,8 +328,9 @@ class Tokenizer:
         return backend
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD. Raises as `encode` does."""
+        with _damage_is_told():
+            text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def save(self, folder: str | Path) -> None:
@@ -462,6 +463,11 @@ def _damage_is_told() -> Iterator[None]:
         if type(error) is not Exception and not _is_panic(error):
             raise
         raise CheckpointError(f"the tokenizer is damaged ({error}); copy it again from its origin") from None
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    with _damage_is_told():
+        return backend.encode(text, add_special_tokens=False)
 
 
 def _require_whole_merges(content: dict[str, Any]) -> None:

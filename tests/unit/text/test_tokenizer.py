@@ -217,9 +217,35 @@ def test_damage_that_shows_only_in_use_is_told(tmp_path: Path) -> None:
     content["model"]["unk_token"] = "nowhere"
     path.write_text(json.dumps(content))
     tokenizer = Tokenizer.load(tmp_path)
-    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+    encoders: list[Callable[[str], object]] = [
+        tokenizer.encode,
+        lambda text: tokenizer.encode_batch([text]),
+        tokenizer.encode_with_special_tokens,
+        lambda text: tokenizer.encode_with_special_tokens(text, literal=[1]),
+    ]
+    for encode in encoders:
         with pytest.raises(CheckpointError, match="Unk token `nowhere` not found"):
-            encode("木")
+            encode("木木")
+
+
+def test_a_pattern_that_would_take_for_ever_ends_in_an_error(tmp_path: Path) -> None:
+    train_bpe(["some words and some more words"] * 9, 270).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    replace = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}
+    joined = {"type": "Sequence", "decoders": [{"type": "Fuse"}, replace]}
+    path.write_text(json.dumps(content | {"pre_tokenizer": split, "decoder": joined}))
+    tokenizer, text = Tokenizer.load(tmp_path), "a" * 60 + "b"
+    ids = [content["model"]["vocab"][letter] for letter in text]
+    attempts: list[Callable[[], object]] = [
+        lambda: tokenizer.encode(text),
+        lambda: tokenizer.encode_with_special_tokens(text),
+        lambda: tokenizer.decode(ids),
+    ]
+    for attempt in attempts:
+        with pytest.raises(CheckpointError, match="the tokenizer is damaged"):
+            attempt()
 
 
 def test_neither_a_folder_nor_a_hub_id(tmp_path: Path) -> None:
