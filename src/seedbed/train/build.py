@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from seedbed.config import Config
 from seedbed.data import WholeRows
 from seedbed.data.conversations import from_document
 from seedbed.data.streaming import StreamedRows
-from seedbed.device import envelope, keep_memory, pick_device, pick_precision
+from seedbed.device import Precision, envelope, keep_memory, pick_device, pick_precision
 from seedbed.errors import ConfigError
 from seedbed.findings import Finding, sift
 from seedbed.model.config import DecoderConfig
@@ -55,11 +55,7 @@ def build_job(start: Start, display: Display) -> Job:
     run, checkpoint = start.run, start.checkpoint
     device = distributed.local_device(pick_device(start.config.training.device))
     precision = pick_precision(start.config.training.precision, device)
-    config = start.config
-    if config.training.precision == "auto":
-        config = config.update("this machine", precision=precision)
-    if config.training.processes is None:
-        config = config.update("this machine", processes=distributed.size())
+    config = settled(start.config, precision)
     method = pick_method(config, device)
     if distributed.size() == 1 and config.is_given("parallel"):
         display.line("One process: --parallel has nothing to share; start several with torchrun (docs/distributed.md)")
@@ -71,13 +67,7 @@ def build_job(start: Start, display: Display) -> Job:
     sample = sample_prompt(made)
 
     model = made.model if method == "fsdp" else made.model.to(device)
-    if config.with_lora:
-        hold_frozen(model, config)
-    model.gradient_checkpointing = training.gradient_checkpointing
-    if training.neftune_alpha:
-        add_embedding_noise(model, training.neftune_alpha)
-    if training.compile:
-        compile_blocks(model)
+    make_ready(model, config)
     shared = spread(model, method, device, precision)
     optimizer = build_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -92,12 +82,7 @@ def build_job(start: Start, display: Display) -> Job:
     if MEMORY not in config.watching.allow:
         expected.require_memory()
 
-    run.truncate(state.records or dict.fromkeys(RECORD_FILES, 0))
-    distributed.on_first(lambda: keep_tokenizer(made.tokenizer, run.path))
-    run.write_config(config.to_yaml())
-    if checkpoint is None:
-        for finding in findings:
-            run.event("guardrail", 0, **finding.to_json())
+    begin_records(start, made, state, findings)
     return Job(
         model=model,
         spread=shared,
@@ -127,6 +112,15 @@ def build_job(start: Start, display: Display) -> Job:
     )
 
 
+def settled(config: Config, precision: Precision) -> Config:
+    """The config with what this machine decides written into it."""
+    if config.training.precision == "auto":
+        config = config.update("this machine", precision=precision)
+    if config.training.processes is None:
+        config = config.update("this machine", processes=distributed.size())
+    return config
+
+
 def pick_method(config: Config, device: torch.device) -> Method:
     """How the processes share the model; for `auto` whole, unless its training state fills more than half a GPU.
 
@@ -145,6 +139,29 @@ def pick_method(config: Config, device: torch.device) -> Method:
     shape = decoder_config(config.model, config.data, ASSUMED_VOCAB) if scratch else planned_shape(config.model.model)
     fits = STATE_BYTES * num_parameters(shape) < torch.cuda.get_device_properties(device).total_memory / 2
     return "ddp" if fits else "fsdp"
+
+
+def make_ready(model: Decoder, config: Config) -> None:
+    """Put on the model, where it will be trained, what the options ask of it."""
+    training = config.training
+    if config.with_lora:
+        hold_frozen(model, config)
+    model.gradient_checkpointing = training.gradient_checkpointing
+    if training.neftune_alpha:
+        add_embedding_noise(model, training.neftune_alpha)
+    if training.compile:
+        compile_blocks(model)
+
+
+def begin_records(start: Start, made: Ingredients, state: TrainingState, findings: Sequence[Finding]) -> None:
+    """Bring the run folder's files to where the run begins, or goes on."""
+    run = start.run
+    run.truncate(state.records or dict.fromkeys(RECORD_FILES, 0))
+    distributed.on_first(lambda: keep_tokenizer(made.tokenizer, run.path))
+    run.write_config(made.config.to_yaml())
+    if start.checkpoint is None:
+        for finding in findings:
+            run.event("guardrail", 0, **finding.to_json())
 
 
 def tell_of_other_bits(display: Display, state: TrainingState, now: dict[str, Any]) -> None:
