@@ -42,8 +42,8 @@ FIRST_FLOPS = 2e9
 """Of the first try, which tells how much more there is time for."""
 TRIES = 5
 FEWEST_TOKENS = 32
-UPDATED = 2**24
-"""Weights that are enough to time an update on: more than any cache holds."""
+BEYOND_CACHES = 2**24
+"""Weights that are enough to time an update on, or the writing of a token."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class _Trial:
         """Writing a token reads all weights once: the time that some blocks take, for those of the whole model."""
         block = self.model.blocks[0]
         assert isinstance(block, Block)
-        copies = max(1, min(len(whole.blocks), UPDATED // _size(block)))
+        copies = max(1, min(len(whole.blocks), BEYOND_CACHES // _size(block)))
         with _only(self.model, [block] * copies), autocast(self.device, self.precision):
             decoding = DecodingModel(self.model)
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
@@ -375,7 +375,7 @@ def _time_update(sample: Decoder, config: Config, seconds: float) -> tuple[float
     trained = [p for block in sample.blocks for p in block.parameters() if p.requires_grad]
     trained = trained or [p for p in sample.parameters() if p.requires_grad]
     size = sum(p.numel() for p in trained)
-    copies = max(1, min(sample.config.num_layers, UPDATED // size))
+    copies = max(1, min(sample.config.num_layers, BEYOND_CACHES // size))
     parts = nn.ParameterList(p.detach().clone() for _ in range(copies) for p in trained)
     optimizer = build_optimizer(parts, config.training)
 
