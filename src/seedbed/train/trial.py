@@ -256,9 +256,8 @@ class _Trial:
         with torch.inference_mode():
             decoding.read([[0]], max_len=2)
         write()
-        outside = _size(self.model) - _size(self.model.blocks)
-        share = (outside + copies * _size(block)) / (outside + len(whole.blocks) * _size(block))
-        return _median_seconds(write, self.device, seconds) / share
+        tried = _size(self.model) - _size(self.model.blocks) + copies * _size(block)
+        return _median_seconds(write, self.device, seconds) * _size(whole) / tried
 
     def cast_bytes(self, block: Block) -> int:
         """What autocast makes of a block's frozen float32 matrices; layers that learn cast theirs again."""
