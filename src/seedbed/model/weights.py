@@ -97,8 +97,9 @@ def weights_fingerprint(folder: Path) -> str:
 def _to_hf(state: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, kind, keys in _pairs(config, state):
-        whole = torch.cat([state[key].detach().cpu() for key in keys])
-        tensors[f"{name.theirs}.{kind}"] = _turned(whole, name)
+        parts = [state[key].detach().cpu() for key in keys]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        tensors[f"{name.theirs}.{kind}"] = _turned(whole, name).contiguous()
     assert sum(map(Tensor.numel, tensors.values())) == sum(map(Tensor.numel, state.values())), "unnamed weights"
     return tensors
 
@@ -123,7 +124,8 @@ def _from_hf(
         elif not whole.is_floating_point():
             problems.append(f"{theirs} is {whole.dtype}: expected floating point; quantized weights are not read")
         else:
-            state |= zip(keys, (part.clone() for part in torch.split(whole, sizes)), strict=True)
+            parts = torch.split(whole, sizes)
+            state |= zip(keys, (part.clone(memory_format=torch.contiguous_format) for part in parts), strict=True)
     problems += [f"{name} is not a weight of this model" for name in sorted(tensors)]
     if problems:
         raise CheckpointError(
@@ -152,7 +154,7 @@ def _pairs(config: DecoderConfig, state: Mapping[str, Tensor]) -> Iterator[tuple
 
 
 def _turned(tensor: Tensor, name: Name) -> Tensor:
-    return tensor.T.contiguous() if name.transposed and tensor.ndim == 2 else tensor
+    return tensor.T if name.transposed and tensor.ndim == 2 else tensor
 
 
 def _read_tensors(folder: Path, config: DecoderConfig) -> dict[str, Tensor]:

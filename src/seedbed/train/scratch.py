@@ -136,6 +136,5 @@ def initial_model(shape: DecoderConfig, checkpoint: Path | None, tokenizer: Toke
     require_match(saved.config, tokenizer, str(checkpoint))
     with torch.device("meta"):  # nothing is drawn that is thrown away
         model = Decoder(shape)
-    if not distributed.without_weights():
-        model.to_empty(device="cpu").load_state_dict(saved.state_dict())
+    model.load_state_dict(saved.state_dict(), assign=True)
     return model
