@@ -6,6 +6,8 @@ import json
 import os
 import random
 import string
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -148,3 +150,25 @@ def test_every_number_of_the_wrong_kind_is_refused(value: object) -> None:
             with pytest.raises(ConfigError) as refusal:
                 resolve("scratch", [Layer("file.yaml", {"model": "tiny", name: value})])
             assert any(name in problem for problem in refusal.value.problems), (name, value)
+
+
+@pytest.mark.parametrize("cache", ["text.txt", "text.txt/below", "/proc/none/at/all"])
+def test_a_cache_that_cannot_be_made(
+    cache: str, work: Path, small_text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (work / "text.txt").write_bytes(small_text_file.read_bytes())
+    monkeypatch.setenv("SEEDBED_CACHE", cache)
+    assert run([*FLAGS, "--data", "text.txt", "--model", "tiny", "--vocab_size", "300"]) == 8
+    assert "$SEEDBED_CACHE" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+def test_an_encoding_that_lacks_characters(work: Path) -> None:
+    """As on a Windows console, or with LC_ALL=C: a sample of the model's, or a name, must not end a run."""
+    (work / "text.txt").write_text("".join(f"première — ünï ☃ {n}\n\n" for n in range(400)), encoding="utf-8")
+    command = [sys.executable, "-m", "seedbed", *FLAGS, "--data=text.txt", "--model=tiny", "--tokenizer=char"]
+    command += ["--max_seq_len=32", "--sample_prompt=ü ☃"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"writes: ? ?" in done.stdout

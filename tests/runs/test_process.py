@@ -4,36 +4,55 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 
+def heed_hangups() -> None:
+    """Also where the suite itself runs under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Training:
     """A long run in a process of its own."""
 
-    def __init__(self, data: Path, output: Path, *flags: str) -> None:
+    def __init__(self, data: Path, output: Path, *flags: str, before: Callable[[], None] | None = None) -> None:
         shape = "--model tiny --num_layers 2 --d_model 32 --num_heads 2 --d_ff 64 --max_seq_len 32 --vocab_size 300"
         options = f"{shape} --precision fp32 --device cpu --no_tensorboard --epochs 1000000 --early_stopping_patience 0"
         paths = ["--data", str(data), "--output", str(output)]
         command = [sys.executable, "-m", "seedbed", "pretrain", *paths, *options.split(), *flags]
         self.output = output
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ,
+            preexec_fn=before or heed_hangups,
         )
 
-    def wait_for_step(self, step: int) -> None:
+    def steps(self) -> int:
         metrics = self.output / "metrics.jsonl"
+        return metrics.read_text().count("train_loss") if metrics.exists() else 0
+
+    def wait_for_step(self, step: int) -> None:
         deadline = time.monotonic() + 60
-        while not (metrics.exists() and metrics.read_text().count("train_loss") >= step):
+        while self.steps() < step:
             assert self.process.poll() is None, self.process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+    def close_its_output(self) -> None:
+        assert self.process.stdout and self.process.stderr
+        self.process.stdout.close()
+        self.process.stderr.close()
 
     def end(self) -> tuple[int, str, str]:
         out, err = self.process.communicate(timeout=30)
@@ -76,3 +95,56 @@ def test_a_run_folder_has_one_writer(training: Training, small_text_file: Path) 
     code, _, err = second.end()
     assert code == 5
     assert "another process is training in this run folder" in err
+
+
+def test_a_reader_that_goes_away_does_not_end_a_run(small_text_file: Path, tmp_path: Path) -> None:
+    run = Training(small_text_file, tmp_path / "run", "--log_every", "1", "--max_steps", "60")
+    run.wait_for_step(3)
+    run.close_its_output()
+    assert run.process.wait(60) == 0
+    assert json.loads((run.output / "metrics.json").read_text())["steps"] == 60
+
+
+def test_an_interrupt_that_also_ends_the_reader_is_saved(small_text_file: Path, tmp_path: Path) -> None:
+    """Ctrl-C goes to all of `seedbed pretrain ... | tee log`, and tee is the first to leave."""
+    run = Training(small_text_file, tmp_path / "run", "--log_every", "1")
+    run.wait_for_step(3)
+    run.close_its_output()
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(30) == 130
+    require_saved(run.output)
+
+
+def test_a_terminal_that_is_closed_is_saved(small_text_file: Path, tmp_path: Path) -> None:
+    """The system sends SIGHUP, and what is printed after it fails with EIO."""
+    run = close_its_terminal(small_text_file, tmp_path / "run", signal.SIG_DFL)
+    assert run.process.wait(30) == 129
+    require_saved(run.output)
+
+
+def test_under_nohup_a_terminal_that_is_closed_does_not_end_a_run(small_text_file: Path, tmp_path: Path) -> None:
+    run = close_its_terminal(small_text_file, tmp_path / "run", signal.SIG_IGN, "--max_steps", "60")
+    assert run.process.wait(60) == 0
+
+
+def close_its_terminal(data: Path, output: Path, hangups: signal.Handlers, *flags: str) -> Training:
+    """A run that has made some steps when the terminal it was started in is closed."""
+    master, slave = os.openpty()
+
+    def take_terminal() -> None:
+        os.login_tty(slave)
+        signal.signal(signal.SIGHUP, hangups)
+
+    run = Training(data, output, "--log_every", "1", *flags, before=take_terminal)
+    os.close(slave)
+    while run.steps() < 3:
+        assert select.select([master], [], [], 60)[0]
+        os.read(master, 1 << 16)
+    os.close(master)
+    return run
+
+
+def require_saved(run: Path) -> None:
+    summary = json.loads((run / "metrics.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert (run / f"checkpoints/step-{summary['steps']}/seedbed/manifest.json").exists()

@@ -17,7 +17,7 @@ import seedbed
 ROOT = Path(seedbed.__file__).parent
 
 LAYERS = [
-    {"errors", "findings", "parsing"},
+    {"errors", "findings", "parsing", "streams"},
     {"config"},
     {"runs", "text", "schedule", "lookup"},
     {"sampling", "loss", "optim", "device", "data", "model", "lora", "lowbit", "freeze", "distributed", "parallel"},

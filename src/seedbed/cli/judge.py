@@ -115,8 +115,9 @@ def judge(
     from seedbed.device import pick_device
     from seedbed.judge.answers import Asking
     from seedbed.judge.judging import judge_models
+    from seedbed.streams import outlasting_readers
 
-    with distributed.joined():
+    with outlasting_readers(), distributed.joined():
         device = str(distributed.local_device(pick_device(device)))
         console = make_console(as_json) if distributed.is_first() else Console(quiet=True)
         result = judge_models(

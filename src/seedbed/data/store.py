@@ -115,8 +115,8 @@ def open_store(
     folder = cache / key
     if folder.is_dir() and (store := _open(folder)):
         return store
+    _make_cache(cache)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / f"{key}.lock"):
             if folder.is_dir():
                 if store := _open(folder):
@@ -135,6 +135,15 @@ def open_store(
     store = _open(folder)
     assert store is not None, folder
     return store
+
+
+def _make_cache(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"the folder {cache} for tokenized text cannot be made: {error.strerror}; name another in $SEEDBED_CACHE"
+        ) from None
 
 
 def cache_folder() -> Path:

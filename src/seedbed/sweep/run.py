@@ -14,6 +14,7 @@ from seedbed.errors import ConfigError, RunInUseError
 from seedbed.runs.folder import being_made, update_summary, write_atomically
 from seedbed.runs.info import read_run
 from seedbed.runs.table import status
+from seedbed.streams import outlasting_readers
 from seedbed.sweep.children import Children, make_slots
 from seedbed.sweep.halving import judge
 from seedbed.sweep.plan import Plan, changes, make_plan
@@ -67,6 +68,7 @@ def run_sweep(
         write_atomically(folder / "sweep.yaml", plan.to_yaml())
     slots = make_slots(at_once, {run.config.training.device for run in plan.runs.values()})
     with (
+        outlasting_readers(),
         Children(slots) as children,
         Watch(console, plan, folder, len(slots)) as watch,
         listen_for_signals() as request,

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from seedbed import distributed
 from seedbed.config import Config
+from seedbed.streams import outlasting_readers
 from seedbed.train.build import build_job
 from seedbed.train.loop import Outcome, train
 from seedbed.train.progress import Display
@@ -20,7 +21,7 @@ def run_training(config: Config, console: Console) -> Outcome:
     Raises:
         SeedbedError: see `seedbed.errors`; before training begins nothing is left behind.
     """
-    with leave_on_signals(), distributed.joined():
+    with outlasting_readers(), leave_on_signals(), distributed.joined():
         shown = console if distributed.is_first() else Console(quiet=True)
         return _run(config, Display(shown, config.watching.log_every))
 

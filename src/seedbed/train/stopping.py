@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+Handler = Callable[[int, FrameType | None], None]
+
 SAVING = "saving after this step; once more leaves at once without saving"
 
 
@@ -46,19 +48,11 @@ def listen_for_signals(agree: Callable[[int], int] = int) -> Iterator[StopReques
             raise KeyboardInterrupt
         request.received = number
         # Not print: the signal may have come in the middle of one, and a stream is not entered twice.
-        os.write(2, f"\n{signal.Signals(number).name}: {SAVING}\n".encode())
+        with contextlib.suppress(OSError):  # nobody is there to read it
+            os.write(2, f"\n{signal.Signals(number).name}: {SAVING}\n".encode())
 
-    previous = {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        # Outside the main thread (some notebooks) handlers cannot be set; Python's own then apply.
-        with contextlib.suppress(ValueError, AttributeError):
-            number = getattr(signal, name)
-            previous[number] = signal.signal(number, handle)
-    try:
+    with _handled_by(handle, "SIGINT", "SIGTERM", "SIGHUP"):
         yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -72,11 +66,21 @@ def leave_on_signals() -> Iterator[None]:
     def leave(number: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
+    with _handled_by(leave, "SIGTERM", "SIGHUP"):
+        yield
+
+
+@contextlib.contextmanager
+def _handled_by(handle: Handler, *names: str) -> Iterator[None]:
+    """Some signals have this handler; SIGHUP not under nohup, which has the program ignore it."""
     previous = {}
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in names:
+        # Outside the main thread (some notebooks) handlers cannot be set; Python's own then apply.
         with contextlib.suppress(ValueError, AttributeError):
             number = getattr(signal, name)
-            previous[number] = signal.signal(number, leave)
+            if name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
+                continue
+            previous[number] = signal.signal(number, handle)
     try:
         yield
     finally:
