@@ -114,6 +114,21 @@ def test_other_options_do_not_go_on_with_a_run(run_it: RunIt, tmp_path: Path) ->
     assert run_it(tmp_path / "a", **{**OPTIONS, "max_training_hours": 3.0}).summary["status"] != "interrupted"
 
 
+def test_other_text_is_told(run_it: RunIt, tmp_path: Path, small_text_file: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(small_text_file.read_bytes())
+    run_it(tmp_path / "run", stop_at=2, data=str(text), **OPTIONS)
+    untouched = io.StringIO()
+    run_it(tmp_path / "run", stop_at=3, log=untouched, data=str(text), **OPTIONS)
+    assert "text_changed" not in untouched.getvalue()
+    text.write_text(text.read_text(encoding="utf-8").replace("the", "THE"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="not the one that this run began with"):
+        run_it(tmp_path / "run", data=str(text), strict=True, **OPTIONS)
+    changed = io.StringIO()
+    run_it(tmp_path / "run", stop_at=4, log=changed, data=str(text), **OPTIONS)
+    assert "Warning (text_changed)" in changed.getvalue()
+
+
 def test_a_damaged_checkpoint_is_passed_over(run_it: RunIt, tmp_path: Path) -> None:
     run_it(tmp_path / "straight", **OPTIONS)
     run_it(tmp_path / "a", stop_at=5, **OPTIONS)

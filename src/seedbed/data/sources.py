@@ -6,6 +6,7 @@ import glob
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import final
 
@@ -120,7 +121,7 @@ def open_source(
         splits=("train",),
         format=resolved,
         _read=lambda: (document for path in paths for document in documents(path)),
-        _hash=lambda: _hash_files(paths, text_column, document, resolved),
+        _hash=cache(lambda: _hash_files(paths, text_column, document, resolved)),
         _size=lambda: sum(path.stat().st_size for path in paths),
     )
 
@@ -159,7 +160,7 @@ def from_texts(texts: Sequence[str], name: str = "texts") -> Source:
         splits=("train",),
         format="text",
         _read=lambda: iter(texts),
-        _hash=lambda: _hash_texts(texts),
+        _hash=cache(lambda: _hash_texts(texts)),
         _size=lambda: sum(len(text.encode()) for text in texts),
     )
 
@@ -179,7 +180,7 @@ def _open_named(name: str, document: str, split: str) -> Source:
         splits=tuple(named.splits),
         format="text",
         _read=documents,
-        _hash=lambda: _hash_texts(documents()),
+        _hash=cache(lambda: _hash_texts(documents())),
         _size=lambda: sum(len(text.encode()) for text in documents()),
     )
 

@@ -78,7 +78,9 @@ def build_job(start: Start, display: Display) -> Job:
     epochs, total_steps = length(config, made.rows)
     schedule = make_schedule(training, total_steps)
     expected = forecast_run(made, optimizer, state, total_steps)
-    findings = say_what_comes(display, made, schedule, expected)
+    noticed = [*made.texts.changed_since(state.text), *expected.findings()]
+    state.text = made.texts.fingerprint()
+    findings = say_what_comes(display, made, schedule, expected, noticed)
     if MEMORY not in config.watching.allow:
         expected.require_memory()
 
@@ -174,8 +176,10 @@ def tell_of_other_bits(display: Display, state: TrainingState, now: dict[str, An
     state.envelope = now
 
 
-def say_what_comes(display: Display, made: Ingredients, schedule: Schedule, expected: Forecast) -> list[Finding]:
-    """The first screen: text, model, schedule, forecast, and what may go wrong, which is returned.
+def say_what_comes(
+    display: Display, made: Ingredients, schedule: Schedule, expected: Forecast, noticed: Sequence[Finding]
+) -> list[Finding]:
+    """The first screen: text, model, schedule, forecast, and what was noticed or may go wrong, which is returned.
 
     Raises:
         ConfigError: what is wrong beyond a warning; with `--strict` a warning too.
@@ -186,7 +190,7 @@ def say_what_comes(display: Display, made: Ingredients, schedule: Schedule, expe
     describe_schedule(display, schedule)
     describe_forecast(display, expected)
     positions = None if config.regime == "scratch" else model.config.max_seq_len
-    findings = [*look_ahead(config, made.texts, made.corpus, schedule, positions), *expected.findings()]
+    findings = [*look_ahead(config, made.texts, made.corpus, schedule, positions), *noticed]
     findings = sift(findings, strict=config.watching.strict, allow=config.watching.allow)
     describe_findings(display, findings)
     display.line()

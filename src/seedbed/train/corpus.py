@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from seedbed.data.rows import Rows
 from seedbed.data.store import cache_folder, digest
 from seedbed.data.streaming import ShardRows, StreamedRows, bring, find_shards, open_shard
 from seedbed.errors import ConfigError, DataError
+from seedbed.findings import Finding
 from seedbed.text.tokenizer import Tokenizer, train_bpe, train_char
 from seedbed.train.job import Validation
 from seedbed.train.progress import Display
@@ -29,6 +31,8 @@ LARGEST_DEFAULT_VOCAB = 8000
 
 
 STREAMING = "streaming"  # of the cache, the part for what is streamed
+CHANGED = "text_changed"
+"""The finding that a run goes on with other text."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,27 @@ class Texts:
         if not self.are_conversations:
             return self.training_documents()
         return (message["content"] for text in self.training_documents() for message in from_document(text))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what is trained and validated on, in hexadecimal; of a streamed text, of its first shard."""
+        sources = [self.train] if self.validation is None else [self.train, self.validation]
+        return hashlib.sha256("\n".join(source.fingerprint() for source in sources).encode()).hexdigest()
+
+    def changed_since(self, before: str) -> list[Finding]:
+        """A warning where a run that goes on had another fingerprint; one of an older version had none."""
+        now = self.fingerprint()
+        if before in ("", now):
+            return []
+        return [
+            Finding(
+                CHANGED,
+                "warning",
+                f"the text of {self.train.name} or of its validation is not the one that this run began with",
+                {"sha256": now, "sha256_before": before},
+                "Put the old text back, and the run ends as if it had never stopped; as it is, its rows, their order "
+                "and its validation losses are others from here on.",
+            )
+        ]
 
     def augmented(self, seed: int) -> Texts:
         """The training documents and their word-swapped copies; what is held out stays as it is."""

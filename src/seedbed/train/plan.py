@@ -16,7 +16,7 @@ from seedbed.findings import Finding, check_allowed
 from seedbed.model.decoder import num_parameters
 from seedbed.schedule import Schedule
 from seedbed.text.tokenizer import Tokenizer
-from seedbed.train.corpus import Corpus, Texts
+from seedbed.train.corpus import CHANGED, Corpus, Texts
 from seedbed.train.finetune import base_folder, fit_context, planned_shape, prepare
 from seedbed.train.footprint import parse_size
 from seedbed.train.forecast import NAME as MEMORY
@@ -131,7 +131,7 @@ def _shown(config: Config, findings: list[Finding]) -> list[dict[str, Any]]:
 
 def require_known_findings(config: Config) -> None:
     """Raise ConfigError when `--allow` names what is no finding."""
-    check_allowed(config.watching.allow, (*GUARDRAIL_NAMES, *LINT_NAMES, OVERLAP, MEMORY))
+    check_allowed(config.watching.allow, (*GUARDRAIL_NAMES, *LINT_NAMES, OVERLAP, MEMORY, CHANGED))
 
 
 def look_ahead(

@@ -52,6 +52,8 @@ class TrainingState:
     """State of the float16 loss scaler."""
     envelope: dict[str, Any] = field(default_factory=dict)
     """What the last bits depend on: versions, threads, instructions."""
+    text: str = ""
+    """Fingerprint of what is trained and validated on."""
     records: dict[str, int] = field(default_factory=dict)
     """Length of the run's record files in bytes."""
 
