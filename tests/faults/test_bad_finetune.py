@@ -157,6 +157,13 @@ def test_a_template_that_is_not_there(tune: Fails) -> None:
     assert all(word in message for word in ("--chat_template chatlm", "chatml?", ".jinja")), message
 
 
+@pytest.mark.parametrize("flags", [["--chat_template", "chatml"], ["--train_on_prompt"]])
+def test_what_is_for_conversations_with_plain_text(flags: list[str], work: Path, tune: Fails) -> None:
+    (work / "plain.txt").write_text("Nobody asks here.\n\n" * 200, encoding="utf-8")
+    message = tune(2, ["--data", "plain.txt", *flags])
+    assert f"{flags[0]} is for conversations" in message
+
+
 # Models
 
 

@@ -163,6 +163,22 @@ def test_a_cache_that_cannot_be_made(
     assert not Path("run").exists()
 
 
+def test_the_home_of_nobody(work: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: ARG001
+    assert "~nobody-by-this-name/text.txt" in refused("~nobody-by-this-name/text.txt", capsys)
+
+
+def test_a_user_without_a_home(
+    work: Path, small_text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a container that runs under a number which no user has."""
+    monkeypatch.delenv("SEEDBED_CACHE")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
+    assert run([*FLAGS, "--data", str(small_text_file), "--model", "tiny", "--vocab_size", "300"]) == 8
+    assert "$SEEDBED_CACHE" in capsys.readouterr().err
+    assert not (work / "run").exists()
+
+
 def test_an_encoding_that_lacks_characters(work: Path) -> None:
     """As on a Windows console, or with LC_ALL=C: a sample of the model's, or a name, must not end a run."""
     (work / "text.txt").write_text("".join(f"première — ünï ☃ {n}\n\n" for n in range(400)), encoding="utf-8")

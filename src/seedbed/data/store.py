@@ -147,8 +147,17 @@ def _make_cache(cache: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """$SEEDBED_CACHE or ~/.cache/seedbed."""
-    return Path(os.environ.get("SEEDBED_CACHE") or Path("~/.cache/seedbed").expanduser())
+    """$SEEDBED_CACHE or ~/.cache/seedbed.
+
+    Raises:
+        StorageError: the user has no home, as some containers' have not.
+    """
+    try:
+        return Path(os.environ.get("SEEDBED_CACHE") or Path("~/.cache/seedbed").expanduser())
+    except RuntimeError:
+        raise StorageError(
+            "there is no home folder to keep tokenized text in; name a folder for it in $SEEDBED_CACHE"
+        ) from None
 
 
 def _key(source: Source, reading: Reading) -> str:

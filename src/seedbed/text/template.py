@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def find_template(tokenizer: Tokenizer, choice: str | None, format: str) -> Temp
     if name in BUILT_IN:
         packed = resources.files("seedbed.text").joinpath("templates", f"{name}.jinja")
         return Template(tokenizer, name, packed.read_text(encoding="utf-8"))
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 (which leaves the name of an unknown user as it is)
     try:
         return Template(tokenizer, name, path.read_text(encoding="utf-8"))
     except OSError as error:

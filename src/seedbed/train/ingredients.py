@@ -7,8 +7,9 @@ from pathlib import Path
 
 from seedbed import distributed
 from seedbed.checkpoint import require_space
-from seedbed.config import Config
+from seedbed.config import FLAGS, Config
 from seedbed.data.rows import Rows
+from seedbed.errors import ConfigError
 from seedbed.model.decoder import Decoder
 from seedbed.text.template import CHATML_TOKENS, Template, find_template
 from seedbed.text.tokenizer import Tokenizer
@@ -40,8 +41,16 @@ def saved_tokenizer(start: Start) -> Tokenizer | None:
 
 
 def template_for(config: Config, texts: Texts, tokenizer: Tokenizer) -> Template | None:
-    """How the conversations among `texts` become tokens; None for plain texts."""
+    """How the conversations among `texts` become tokens; None for plain texts.
+
+    Raises:
+        ConfigError: a flag that is for conversations, with plain texts; or no such template.
+    """
     if not texts.are_conversations:
+        given = [name for name in ("chat_template", "train_on_prompt") if config.sources[name] == FLAGS]
+        if given:
+            why = f"is for conversations, and {texts.train.name} is plain text; leave it out, or give --format"
+            raise ConfigError([f"--{name} {why}" for name in given])
         return None
     return find_template(tokenizer, config.data.chat_template, texts.train.format)
 
