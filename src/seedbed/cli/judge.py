@@ -302,6 +302,7 @@ def _cost(read: int, written: int, price: str | None) -> float | None:
 
 def _show(console: Console, result: Result, against: str | None, cost: float | None) -> None:
     """The table of models, and the sentences below it."""
+    from rich.markup import escape
     from rich.table import Table
 
     columns = ("Model", "Score", "95 %", "Exact", "chrF", "Unparsable", "Tokens")
@@ -309,7 +310,7 @@ def _show(console: Console, result: Result, against: str | None, cost: float | N
     for column in columns:
         table.add_column(column, justify="left" if column == "Model" else "right", overflow="fold")
     for score in result.scores.values():
-        table.add_row(*_row(score))
+        table.add_row(*map(escape, _row(score)))
     console.print(table)
     for sentence in _sentences(result, against, cost):
         _say(console, sentence)

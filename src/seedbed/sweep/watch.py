@@ -12,6 +12,7 @@ from typing import Self
 
 from rich import progress as bars
 from rich.console import Console
+from rich.markup import escape
 
 from seedbed.sweep.plan import Plan
 from seedbed.sweep.standing import Progress, has_ended, read_progress
@@ -63,7 +64,7 @@ class Watch:
     def started(self, name: str, until: int | None) -> None:
         place = list(self._plan.runs).index(name) + 1
         self.line(f"{name} ({place} of {len(self._plan.runs)}){'' if until is None else f' until step {until}'}...")
-        self._tasks[name] = self._bar.add_task(name, total=None, figures="")
+        self._tasks[name] = self._bar.add_task(escape(name), total=None, figures="")
 
     def stopped(self, name: str, said: str, *, ended: bool) -> None:
         """A run's process is over; `ended` when the run is as well."""

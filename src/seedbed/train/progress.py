@@ -70,7 +70,7 @@ class Display:
             self.line(f"{what}...")
             yield
             return
-        with self.console.status(what):
+        with self.console.status(escape(what)):
             yield
 
     @contextlib.contextmanager
@@ -90,7 +90,7 @@ class Display:
                 nonlocal task
                 if not self._live:
                     return
-                task = bar.add_task(what, total=total) if task is None else task
+                task = bar.add_task(escape(what), total=total) if task is None else task
                 bar.update(task, completed=done)
 
             yield report
@@ -111,7 +111,7 @@ class Display:
             yield lambda _done: None
             return
         with bar:
-            task = bar.add_task(what, total=total)
+            task = bar.add_task(escape(what), total=total)
             yield lambda done: bar.update(task, completed=done)
 
     def step(self, step: int, total_steps: int | None, metrics: Mapping[str, float]) -> None:
@@ -142,11 +142,8 @@ class Display:
         self._bar.remove_task(task)
 
     def sample(self, step: int, text: str) -> None:
-        shown = " ".join(text.split())
-        if self._live:
-            self.console.print(f"[dim]Step {step} writes: {escape(shown)}[/dim]", highlight=False, soft_wrap=True)
-        else:
-            self.line(f"Step {step} writes: {shown}")
+        shown = f"Step {step} writes: {' '.join(text.split())}"
+        self.console.print(shown, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     def epoch(self, epoch: int, epochs: int | None, state: TrainingState) -> None:
         train_loss = state.epoch_loss_sum / max(1, state.epoch_tokens)
