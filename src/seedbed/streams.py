@@ -33,7 +33,7 @@ class _Lasting:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        encoding = self._stream.encoding or "utf-8"
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
         with self._silenced_by_errors():
             self._stream.write(text.encode(encoding, "replace").decode(encoding))
         return len(text)
@@ -46,7 +46,8 @@ class _Lasting:
     def _silenced_by_errors(self) -> Iterator[None]:
         try:
             yield
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)  # what is buffered must go somewhere when the program ends
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+        except (OSError, ValueError):  # a ValueError where the stream itself is closed
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)  # what is buffered must go somewhere when the program ends
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
