@@ -23,7 +23,7 @@ def heed_hangups() -> None:
 class Training:
     """A long run in a process of its own."""
 
-    def __init__(self, data: Path, output: Path, *flags: str, before: Callable[[], None] | None = None) -> None:
+    def __init__(self, data: Path, output: Path, *flags: str, before: Callable[[], None]) -> None:
         shape = "--model tiny --num_layers 2 --d_model 32 --num_heads 2 --d_ff 64 --max_seq_len 32 --vocab_size 300"
         options = f"{shape} --precision fp32 --device cpu --no_tensorboard --epochs 1000000 --early_stopping_patience 0"
         paths = ["--data", str(data), "--output", str(output)]
@@ -35,7 +35,7 @@ class Training:
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ,
-            preexec_fn=before or heed_hangups,
+            preexec_fn=before,
         )
 
     def steps(self) -> int:
@@ -59,12 +59,27 @@ class Training:
         return self.process.returncode, out, err
 
 
+Begin = Callable[..., Training]
+
+
 @pytest.fixture
-def training(small_text_file: Path, tmp_path: Path) -> Iterator[Training]:
-    run = Training(small_text_file, tmp_path / "run", "--json")
-    yield run
-    run.process.kill()
-    run.process.communicate()
+def begin(small_text_file: Path, tmp_path: Path) -> Iterator[Begin]:
+    """`begin("--max_steps", "60", before=...)`: a run in `tmp_path / "run"`, which does not outlive its test."""
+    begun: list[Training] = []
+
+    def one_more(*flags: str, before: Callable[[], None] = heed_hangups) -> Training:
+        begun.append(Training(small_text_file, tmp_path / "run", *flags, before=before))
+        return begun[-1]
+
+    yield one_more
+    for run in begun:
+        run.process.kill()
+        run.process.wait()
+
+
+@pytest.fixture
+def training(begin: Begin) -> Training:
+    return begin("--json")
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
@@ -89,25 +104,24 @@ def test_a_second_interrupt_leaves_at_once(training: Training) -> None:
     assert training.end()[0] == 130
 
 
-def test_a_run_folder_has_one_writer(training: Training, small_text_file: Path) -> None:
+def test_a_run_folder_has_one_writer(training: Training, begin: Begin) -> None:
     training.wait_for_step(1)
-    second = Training(small_text_file, training.output)
-    code, _, err = second.end()
+    code, _, err = begin().end()
     assert code == 5
     assert "another process is training in this run folder" in err
 
 
-def test_a_reader_that_goes_away_does_not_end_a_run(small_text_file: Path, tmp_path: Path) -> None:
-    run = Training(small_text_file, tmp_path / "run", "--log_every", "1", "--max_steps", "60")
+def test_a_reader_that_goes_away_does_not_end_a_run(begin: Begin) -> None:
+    run = begin("--log_every", "1", "--max_steps", "300")
     run.wait_for_step(3)
     run.close_its_output()
     assert run.process.wait(60) == 0
-    assert json.loads((run.output / "metrics.json").read_text())["steps"] == 60
+    assert json.loads((run.output / "metrics.json").read_text())["steps"] == 300
 
 
-def test_an_interrupt_that_also_ends_the_reader_is_saved(small_text_file: Path, tmp_path: Path) -> None:
+def test_an_interrupt_that_also_ends_the_reader_is_saved(begin: Begin) -> None:
     """Ctrl-C goes to all of `seedbed pretrain ... | tee log`, and tee is the first to leave."""
-    run = Training(small_text_file, tmp_path / "run", "--log_every", "1")
+    run = begin("--log_every", "1")
     run.wait_for_step(3)
     run.close_its_output()
     run.process.send_signal(signal.SIGINT)
@@ -115,19 +129,19 @@ def test_an_interrupt_that_also_ends_the_reader_is_saved(small_text_file: Path, 
     require_saved(run.output)
 
 
-def test_a_terminal_that_is_closed_is_saved(small_text_file: Path, tmp_path: Path) -> None:
+def test_a_terminal_that_is_closed_is_saved(begin: Begin) -> None:
     """The system sends SIGHUP, and what is printed after it fails with EIO."""
-    run = close_its_terminal(small_text_file, tmp_path / "run", signal.SIG_DFL)
+    run = begin_and_close_its_terminal(begin, signal.SIG_DFL)
     assert run.process.wait(30) == 129
     require_saved(run.output)
 
 
-def test_under_nohup_a_terminal_that_is_closed_does_not_end_a_run(small_text_file: Path, tmp_path: Path) -> None:
-    run = close_its_terminal(small_text_file, tmp_path / "run", signal.SIG_IGN, "--max_steps", "60")
+def test_under_nohup_a_terminal_that_is_closed_does_not_end_a_run(begin: Begin) -> None:
+    run = begin_and_close_its_terminal(begin, signal.SIG_IGN, "--max_steps", "300")
     assert run.process.wait(60) == 0
 
 
-def close_its_terminal(data: Path, output: Path, hangups: signal.Handlers, *flags: str) -> Training:
+def begin_and_close_its_terminal(begin: Begin, hangups: signal.Handlers, *flags: str) -> Training:
     """A run that has made some steps when the terminal it was started in is closed."""
     master, slave = os.openpty()
 
@@ -135,7 +149,7 @@ def close_its_terminal(data: Path, output: Path, hangups: signal.Handlers, *flag
         os.login_tty(slave)
         signal.signal(signal.SIGHUP, hangups)
 
-    run = Training(data, output, "--log_every", "1", *flags, before=take_terminal)
+    run = begin("--log_every", "1", *flags, before=take_terminal)
     os.close(slave)
     while run.steps() < 3:
         assert select.select([master], [], [], 60)[0]
