@@ -179,6 +179,14 @@ def test_a_user_without_a_home(
     assert not (work / "run").exists()
 
 
+def test_an_argument_that_is_not_utf8(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the system hands over a name in Latin-1."""
+    argument = os.fsdecode(b"caf\xe9.txt")
+    assert run([*FLAGS, "--data", argument, "--model", "tiny"]) == 2
+    assert "'caf\\udce9.txt': not text in UTF-8" in capsys.readouterr().err
+    assert not (work / "run").exists()
+
+
 def test_an_encoding_that_lacks_characters(work: Path) -> None:
     """As on a Windows console, or with LC_ALL=C: a sample of the model's, or a name, must not end a run."""
     (work / "text.txt").write_text("".join(f"première — ünï ☃ {n}\n\n" for n in range(400)), encoding="utf-8")

@@ -74,10 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; errors that a user can act on are printed without a traceback."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # characters that the reader's encoding lacks
+            stream.reconfigure(errors="replace")  # what the encoding of a terminal or a pipe has no characters for
     try:
+        _require_utf8(sys.argv[1:] if arguments is None else arguments)
         code = cli.main(arguments, prog_name="seedbed", standalone_mode=False)
     except SeedbedError as error:
         _show(error)
@@ -97,6 +98,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         _show(ConfigError(f"{str(error.filename)[:SHOWN]}: {error.strerror}; name another file or folder"))
         return ConfigError.exit_code
     return code if isinstance(code, int) else 0
+
+
+def _require_utf8(arguments: Sequence[str]) -> None:
+    """Python lets other bytes through as halves of surrogate pairs, which no file can be written with."""
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise ConfigError(f"{argument[:SHOWN]!a}: not text in UTF-8; correct it, or rename what it names")
 
 
 def _show(error: SeedbedError) -> None:

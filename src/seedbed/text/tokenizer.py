@@ -247,6 +247,7 @@ class Tokenizer:
 
         Raises:
             CheckpointError: the tokenizer was loaded from a damaged file, which shows only now.
+            DataError: the text holds what is no character.
         """
         return list(_encode(self._backend, text).ids)
 
@@ -467,7 +468,10 @@ def _damage_is_told() -> Iterator[None]:
 
 def _encode(backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
     with _damage_is_told():
-        return backend.encode(text, add_special_tokens=False)
+        try:
+            return backend.encode(text, add_special_tokens=False)
+        except TypeError:  # what the library says of a string that UTF-8 cannot write
+            raise DataError("the text holds half a surrogate pair, which is no character; take it out") from None
 
 
 def _require_whole_merges(content: dict[str, Any]) -> None:

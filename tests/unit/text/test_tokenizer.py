@@ -381,6 +381,13 @@ def test_a_model_may_stop_at_several_tokens(tmp_path: Path, ids: object, expecte
     assert tokenizer.with_chat_template("a").stop_ids == expected
 
 
+def test_half_a_surrogate_pair_is_refused() -> None:
+    tokenizer = train_char(["ab"])
+    for encode in (tokenizer.encode, tokenizer.encode_with_special_tokens):
+        with pytest.raises(DataError, match="no character"):
+            encode("a\ud800")
+
+
 def test_bytes_per_token() -> None:
     tokenizer = train_char(["aé"])
     assert bytes_per_token(tokenizer, ["aaé", "é"]) == pytest.approx(6 / 4)
