@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from seedbed.errors import CheckpointError, ConfigError
+from seedbed.runs.folder import read_records
 from seedbed.train.resume import AlreadyFinished, open_run
 from tests.runs.conftest import RunIt, read_metrics, same_run
 
@@ -127,6 +128,8 @@ def test_other_text_is_told(run_it: RunIt, tmp_path: Path, small_text_file: Path
     changed = io.StringIO()
     run_it(tmp_path / "run", stop_at=4, log=changed, data=str(text), **OPTIONS)
     assert "Warning (text_changed)" in changed.getvalue()
+    events = read_records(tmp_path / "run" / "events.jsonl")
+    assert [event["step"] for event in events if event.get("name") == "text_changed"] == [3]
 
 
 def test_a_damaged_checkpoint_is_passed_over(run_it: RunIt, tmp_path: Path) -> None:

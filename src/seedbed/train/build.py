@@ -29,7 +29,7 @@ from seedbed.text.template import Template
 from seedbed.train.announce import describe_corpus, describe_findings, describe_model, describe_schedule
 from seedbed.train.board import Board
 from seedbed.train.continual import from_earlier_model
-from seedbed.train.corpus import keep_tokenizer
+from seedbed.train.corpus import CHANGED, keep_tokenizer
 from seedbed.train.finetune import from_pretrained_weights, hold_frozen, planned_shape
 from seedbed.train.forecast import NAME as MEMORY
 from seedbed.train.forecast import Forecast, describe_forecast, forecast_run
@@ -161,9 +161,9 @@ def begin_records(start: Start, made: Ingredients, state: TrainingState, finding
     run.truncate(state.records or dict.fromkeys(RECORD_FILES, 0))
     distributed.on_first(lambda: keep_tokenizer(made.tokenizer, run.path))
     run.write_config(made.config.to_yaml())
-    if start.checkpoint is None:
-        for finding in findings:
-            run.event("guardrail", 0, **finding.to_json())
+    for finding in findings:
+        if start.checkpoint is None or finding.name == CHANGED:  # the others were told when the run began
+            run.event("guardrail", state.step, **finding.to_json())
 
 
 def tell_of_other_bits(display: Display, state: TrainingState, now: dict[str, Any]) -> None:
