@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import time
 from collections.abc import Callable
 from io import FileIO
@@ -191,3 +192,21 @@ def test_a_run_whose_last_records_are_refused_says_so(
     assert refusing.refused
     monkeypatch.setattr(records, "write_atomically", real)
     assert run_it(tmp_path / "a", max_steps=6, eval_every=2).summary["status"] == "done"
+
+
+def test_a_run_whose_folder_is_deleted_says_what_it_could_not_write(
+    run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not that there is no run to report on."""
+    real = take_step
+
+    def delete(job: Any, used: float) -> Any:
+        if job.state.step == 3:
+            shutil.rmtree(job.run.path)
+        return real(job, used)
+
+    monkeypatch.setattr(loop, "take_step", delete)
+    said = io.StringIO()
+    with pytest.raises(StorageError, match="No such file"):
+        run_it(tmp_path / "a", max_steps=6, eval_every=6, report=True, log=said)
+    assert "Warning: no report was written" in said.getvalue()

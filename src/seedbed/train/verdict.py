@@ -26,7 +26,10 @@ class LiveDiagnosis:
         began = time.monotonic()
         if began < self._not_before:
             return
-        found = [finding for finding in diagnose(run.path) if finding.name in LIVE and finding.level != "note"]
+        try:
+            found = [finding for finding in diagnose(run.path) if finding.name in LIVE and finding.level != "note"]
+        except SeedbedError:  # a folder that is gone: what cannot be written there will be told
+            return
         new = [finding for finding in found if finding.name not in self._said]
         self._said.update(finding.name for finding in new)
         describe_findings(display, new)
@@ -36,12 +39,9 @@ class LiveDiagnosis:
 
 def look_back(run: Path, display: Display, *, report: bool) -> None:
     """Print what was wrong with a run that ended, however it did, and write its `report.html`."""
-    describe_findings(display, diagnose(run))
-    if not report:
-        return
     try:
-        page = write_report([run])
-    except SeedbedError as error:
+        describe_findings(display, diagnose(run))
+        if report:
+            display.line(f"Report: {write_report([run])}")
+    except SeedbedError as error:  # not instead of what ended the run
         display.line(f"Warning: no report was written: {error}")
-    else:
-        display.line(f"Report: {page}")
