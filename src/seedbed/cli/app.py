@@ -69,14 +69,14 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and leave with its exit code."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what the encoding of a terminal or a pipe has no characters for
     sys.exit(run(arguments))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; errors that a user can act on are printed without a traceback."""
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what the encoding of a terminal or a pipe has no characters for
     try:
         _require_utf8(sys.argv[1:] if arguments is None else arguments)
         code = cli.main(arguments, prog_name="seedbed", standalone_mode=False)
