@@ -55,6 +55,15 @@ def llama_like(name: str, **changes: Any) -> Any:
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
 MODELS: dict[str, Callable[[], Any]] = {
     "gpt2": gpt2,
     "gpt2 untied, narrow mlp": lambda: gpt2(tie_word_embeddings=False, n_inner=40),
@@ -66,6 +75,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         mlp_bias=True,
         rope_parameters={"rope_theta": 500.0, "rope_type": "default"},
     ),
+    "llama 3, each kind of pair": lambda: llama_like("Llama", head_dim=16, rope_parameters=LLAMA3_ROPE),
     "mistral": lambda: llama_like("Mistral", sliding_window=None, head_dim=10),
     "qwen2": lambda: llama_like("Qwen2", tie_word_embeddings=True),
     "qwen3": lambda: llama_like("Qwen3", head_dim=10),
@@ -228,4 +238,6 @@ def test_a_config_of_transformers_4_is_read_alike(folder: Path) -> None:
     new = json.loads((folder / "config.json").read_text())
     old = {key: value for key, value in new.items() if key != "rope_parameters"}
     rope = new.get("rope_parameters", {"rope_theta": 10000.0})  # GPT-2 has none, and must not mind
-    assert config_from_hf(old | {"rope_theta": rope["rope_theta"], "rope_scaling": None}) == config_from_hf(new)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    old |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if "factor" in scaling else None}
+    assert config_from_hf(old) == config_from_hf(new)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 
 def _whole(value: Any) -> Any:
@@ -19,6 +20,12 @@ def _whole(value: Any) -> Any:
         except (ValueError, OverflowError):
             return value
     return value
+
+
+def _above_zero(temperature: float) -> float:
+    if temperature <= 0:
+        raise PydanticCustomError("temperature", "greater than 0; --greedy takes the likeliest token each time")
+    return temperature
 
 
 Arch = Literal["gpt2", "llama", "qwen2", "qwen3"]
@@ -287,7 +294,7 @@ class SamplingOptions(Section):
     """Sampling"""
 
     max_new_tokens: Positive = Field(100, description="Tokens to add at most.")
-    temperature: Annotated[float, Field(gt=0)] = Field(
+    temperature: Annotated[float, AfterValidator(_above_zero)] = Field(
         0.8, description="Below 1 sharpens the distribution, above 1 flattens it."
     )
     top_k: Annotated[int, Field(ge=0)] = Field(50, description="Sample among the k likeliest tokens; 0 is all.")

@@ -6,6 +6,8 @@ H query heads   K key-value heads   E head_dim
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -76,11 +78,21 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def rotation(position_ids: Tensor, head_dim: int, theta: float) -> Rotation:
+def rotation(position_ids: Tensor, config: DecoderConfig) -> Rotation:
     """Cosines and sines for rotary positions (Su et al., 2021): (B, T) to two of (B, 1, T, E/2), float32."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    angles = position_ids[:, None, :, None].float() / theta**exponent  # (B, 1, T, E/2)
+    angles = position_ids[:, None, :, None].float() / tokens_a_radian(config, position_ids.device)  # (B, 1, T, E/2)
     return angles.cos(), angles.sin()
+
+
+def tokens_a_radian(config: DecoderConfig, device: torch.device | None = None) -> Tensor:
+    """How slowly each pair of a head turns: (E/2,), float32."""
+    c, s = config, config.rope_scaling
+    slowness = c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32, device=device) / c.head_dim)
+    if s is None:
+        return slowness
+    turns = s.original_max_position_embeddings / (2 * math.pi * slowness)
+    kept = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return slowness / (kept + (1 - kept) / s.factor)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

@@ -20,6 +20,20 @@ SCRATCH_FAMILIES: Final = ("gpt2", "llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of rotary positions to longer texts (`rope_type` "llama3" of transformers).
+
+    Pairs that turn fewer than `low_freq_factor` times over `original_max_position_embeddings` tokens turn
+    `factor` times slower, those that turn more than `high_freq_factor` times as before; between, by degrees.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """Everything that decides the shape and the arithmetic of a `Decoder`.
 
@@ -48,6 +62,7 @@ class DecoderConfig:
     tie_embeddings: bool
     dropout: float
     init_std: float
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         problems = _size_problems(self) or _shape_problems(self)
@@ -163,6 +178,13 @@ def _range_problems(c: DecoderConfig) -> list[str]:
         problems.append(f"norm_eps {c.norm_eps}: expected more than 0")
     if not c.rope_theta > 0:
         problems.append(f"rope_theta {c.rope_theta}: expected more than 0")
+    if (s := c.rope_scaling) and not s.factor >= 1:
+        problems.append(f"rope_scaling factor {s.factor}: expected 1 or more")
+    if (s := c.rope_scaling) and not s.high_freq_factor > s.low_freq_factor > 0:
+        problems.append(
+            f"rope_scaling low_freq_factor {s.low_freq_factor}, high_freq_factor {s.high_freq_factor}: "
+            f"expected more than 0, the second more than the first"
+        )
     if not c.init_std > 0:
         problems.append(f"init_std {c.init_std}: expected more than 0")
     return problems

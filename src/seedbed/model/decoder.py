@@ -103,7 +103,7 @@ class Decoder(nn.Module):
         if self.embed_positions is not None:
             x = x + self.embed_positions(position_ids)
         else:
-            turn = rotation(position_ids, self.config.head_dim, self.config.rope_theta)
+            turn = rotation(position_ids, self.config)
         x = self.embed_dropout(x)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:

@@ -79,7 +79,7 @@ class DecodingModel:
         self._keys = torch.zeros(shape, dtype=kept, device=device)
         self._values = torch.zeros(shape, dtype=kept, device=device)
         positions = torch.arange(shape[2], device=device).clamp(max=c.max_seq_len - 1)  # (S,)
-        cos, sin = (x[0, 0] for x in rotation(positions[None], c.head_dim, c.rope_theta))  # (S, E/2)
+        cos, sin = (x[0, 0] for x in rotation(positions[None], c))  # (S, E/2)
         self._cos, self._sin = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]  # (S, 1, E)
 
         x = self._embed(tokens, positions[:width])  # (B, T, D)

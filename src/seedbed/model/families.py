@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from seedbed.errors import CheckpointError, ConfigError
-from seedbed.model.config import FAMILIES, DecoderConfig
+from seedbed.model.config import FAMILIES, DecoderConfig, RopeScaling
 from seedbed.parsing import parse_json
 
 
@@ -238,6 +238,7 @@ def _llama_fields(read: _Reader, family: str) -> dict[str, Any]:
         "norm_eps": read.number("rms_norm_eps", 1e-6),
         "position": "rope",
         "rope_theta": read.rope_theta(),
+        "rope_scaling": read.rope_scaling(),
         "mlp": "swiglu",
         "qkv_bias": bias or family == "qwen2",
         "output_bias": bias,
@@ -250,6 +251,7 @@ def _llama_fields(read: _Reader, family: str) -> dict[str, Any]:
 
 
 def _llama_keys(c: DecoderConfig) -> dict[str, Any]:
+    scaling = {"rope_type": "llama3", **asdict(c.rope_scaling)} if c.rope_scaling else {"rope_type": "default"}
     keys: dict[str, Any] = {
         "attention_dropout": c.dropout,
         "hidden_act": "silu",
@@ -261,9 +263,11 @@ def _llama_keys(c: DecoderConfig) -> dict[str, Any]:
         "num_key_value_heads": c.num_kv_heads,
         "rms_norm_eps": c.norm_eps,
         # transformers 5 reads the first; 4.x, and most other programs, the second.
-        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},
+        "rope_parameters": {"rope_theta": c.rope_theta, **scaling},
         "rope_theta": c.rope_theta,
     }
+    if c.rope_scaling:
+        keys["rope_scaling"] = scaling
     if c.family in ("llama", "qwen3"):
         keys["attention_bias"] = c.qkv_bias
     if c.family == "llama":
@@ -294,13 +298,13 @@ class _Reader:
         )
         return 1
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float | None = None) -> float:
         value = self.raw.get(key)
         value = default if value is None else value
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
-        self.problems.append(f"{key} {value!r}: expected a number")
-        return default
+        self.problems.append(f"{key} {value!r}: expected a number" if key in self.raw else f"{key} is missing")
+        return default or 1.0
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.raw.get(key)
@@ -316,17 +320,34 @@ class _Reader:
             self.problems.append(f"{key} {value!r}: supported is {' or '.join(map(repr, supported))}")
 
     def rope_theta(self) -> float:
-        """From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4.x)."""
-        ropes = [r for key in ("rope_parameters", "rope_scaling") if isinstance(r := self.raw.get(key), dict)]
-        for rope in ropes:
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind != "default":
-                self.problems.append(f"rope_type {kind!r}: supported is 'default', positions without scaling")
-        for keys in (*ropes, self.raw):
+        """From `rope_parameters` (transformers 5), or `rope_theta` (4.x)."""
+        places = (*self._ropes(), self.raw)
+        for keys in places:
             if keys.get("partial_rotary_factor") not in (None, 1, 1.0):
                 self.problems.append(f"partial_rotary_factor {keys['partial_rotary_factor']}: supported is 1.0")
-        theta = next((keys["rope_theta"] for keys in (*ropes, self.raw) if keys.get("rope_theta")), 10000.0)
+        theta = next((keys["rope_theta"] for keys in places if keys.get("rope_theta")), 10000.0)
         return _Reader({"rope_theta": theta}).number("rope_theta", 10000.0)
+
+    def rope_scaling(self) -> RopeScaling | None:
+        """From `rope_parameters` (transformers 5), or `rope_scaling` (4.x)."""
+        for rope in self._ropes():
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind == "llama3":
+                read = _Reader(rope)
+                scaling = RopeScaling(
+                    read.number("factor"),
+                    read.number("low_freq_factor"),
+                    read.number("high_freq_factor"),
+                    read.size("original_max_position_embeddings"),
+                )
+                self.problems += [f"rope_type 'llama3': {problem}" for problem in read.problems]
+                return scaling
+            if kind != "default":
+                self.problems.append(f"rope_type {kind!r}: supported are 'default' and 'llama3'")
+        return None
+
+    def _ropes(self) -> list[dict[str, Any]]:
+        return [rope for key in ("rope_parameters", "rope_scaling") if isinstance(rope := self.raw.get(key), dict)]
 
     def full_attention(self, family: str, max_seq_len: int, num_layers: int) -> None:
         """Refuse windows in which a token would not see every token before it."""

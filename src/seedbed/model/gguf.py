@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from seedbed.errors import CheckpointError, ConfigError, MissingExtra
-from seedbed.model.config import DecoderConfig
+from seedbed.model.attention import tokens_a_radian
+from seedbed.model.config import DecoderConfig, RopeScaling
 from seedbed.model.decoder import Decoder
 from seedbed.model.families import config_from_hf, config_to_hf, weight_names
 from seedbed.model.hub import Progress, new_folder
@@ -69,6 +70,9 @@ _NAMES: Final = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+
+_ROPE_FACTORS: Final = "rope_freqs.weight"
+_LLAMA3_SCALING: Final = RopeScaling(8.0, 1.0, 4.0, original_max_position_embeddings=8192)
 
 _SAFETENSORS_TYPES: Final = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -201,7 +205,7 @@ def config_from_gguf(file: GGUFFile) -> DecoderConfig:
             raw[theirs] = _shortest(value) if isinstance(value, float) else value
     problems = [] if arch == "gpt2" else _add_llama_keys(raw, file, arch)
     try:
-        config = config_from_hf(raw)
+        config = _scaled(config_from_hf(raw), file)
     except ConfigError as error:
         problems += error.problems
     if problems:
@@ -221,11 +225,7 @@ def _add_llama_keys(raw: dict[str, Any], file: GGUFFile, arch: str) -> list[str]
     window = value("attention.sliding_window")
     if window and window != raw["max_position_embeddings"]:
         problems.append(f"{arch}.attention.sliding_window {window}: attention that does not see all is not supported")
-    factors = file.tensors.get("rope_freqs.weight")
-    scaling = value("rope.scaling.type") or "none"
-    if scaling == "none" and factors is not None and not (factors.data == 1).all():
-        scaling = "llama3"
-    if scaling != "none":
+    if (scaling := value("rope.scaling.type") or "none") != "none":
         raw["rope_scaling"] = {"rope_type": scaling}
     if arch == "llama":
         raw["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
@@ -237,6 +237,18 @@ def _add_llama_keys(raw: dict[str, Any], file: GGUFFile, arch: str) -> list[str]
     if turned is not None and turned != raw.get("head_dim"):
         problems.append(f"{arch}.rope.dimension_count {turned}: supported is the whole head, {raw.get('head_dim')}")
     return problems
+
+
+def _scaled(config: DecoderConfig, file: GGUFFile) -> DecoderConfig:
+    """With the scaling of positions that Llama 3's files keep as the divisors it comes to, pair by pair."""
+    tensor = file.tensors.get(_ROPE_FACTORS)
+    if tensor is None or (tensor.data == 1).all():
+        return config
+    scaled = replace(config, rope_scaling=replace(_LLAMA3_SCALING, factor=float(tensor.data.max())))
+    expected = (tokens_a_radian(scaled) / tokens_a_radian(config)).numpy()
+    if expected.shape != tensor.data.shape or not abs(expected / tensor.data - 1).max() <= 1e-3:
+        raise ConfigError(f"{_ROPE_FACTORS}: supported is the scaling of positions of Llama 3.1 and 3.2")
+    return scaled
 
 
 def _is_tied(file: GGUFFile) -> bool:
@@ -287,7 +299,7 @@ def _require_weights(file: GGUFFile, weights: list[_Weight]) -> None:
             problems.append(f"{weight.stored} is missing")
         elif _shape(tensor) != weight.shape:
             problems.append(f"{weight.stored} has shape {list(_shape(tensor))}, expected {list(weight.shape)}")
-    known = {weight.stored for weight in weights} | {"output.weight", "rope_freqs.weight"}
+    known = {weight.stored for weight in weights} | {"output.weight", _ROPE_FACTORS}
     problems += [f"{name} is not a weight of this model" for name in file.tensors if name not in known]
     if problems:
         raise CheckpointError(

@@ -305,7 +305,7 @@ class _Trial:
         x = torch.randn(rows, width, shape.d_model, device=self.device)  # (B, T, D)
         gradient = torch.randn_like(x)
         mask = segment_mask(piece.segment_ids)
-        turn = None if shape.position == "learned" else rotation(piece.position_ids, shape.head_dim, shape.rope_theta)
+        turn = None if shape.position == "learned" else rotation(piece.position_ids, shape)
 
         def train() -> None:
             y = self._forward(kind, x.detach().requires_grad_(kind.carries), turn, mask)
@@ -331,7 +331,7 @@ class _Trial:
         shape = self.model.config
         x = torch.randn(rows, width, shape.d_model, device=self.device).requires_grad_(kind.carries)  # (B, T, D)
         mask = segment_mask(piece.segment_ids)
-        turn = None if shape.position == "learned" else rotation(piece.position_ids, shape.head_dim, shape.rope_theta)
+        turn = None if shape.position == "learned" else rotation(piece.position_ids, shape)
         known = [x, *kind.block.parameters(), *(mask,) * (mask is not None), *(turn or ())]
         with LiveBytes(known) as live:
             y = self._forward(kind, x, turn, mask)

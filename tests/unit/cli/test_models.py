@@ -120,6 +120,7 @@ def test_generate_lists_every_wrong_option(tiny_run: Path, capsys: pytest.Captur
     assert run(["generate", "--model", str(tiny_run), *words]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["--max_new_tokens", "--temperature", "--top_p"]
+    assert lines[1].endswith("; --greedy takes the likeliest token each time")
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])

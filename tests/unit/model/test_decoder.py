@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -188,10 +189,11 @@ def test_rms_norm_divides_in_float32() -> None:
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
     g = torch.Generator().manual_seed(0)
+    config = replace(tiny("llama"), head_dim=16)
     q, k = torch.randn(2, 1, 1, 1, 16, generator=g)
 
     def turned(x: Tensor, position: int) -> Tensor:
-        return rotate(x, rotation(torch.tensor([[position]]), 16, 10000.0))
+        return rotate(x, rotation(torch.tensor([[position]]), config))
 
     torch.testing.assert_close(turned(q, 9).norm(), q.norm())
     assert torch.equal(turned(q, 0), q)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from seedbed.errors import CheckpointError, ConfigError
-from seedbed.model.config import FAMILIES, DecoderConfig, from_scratch
+from seedbed.model.config import FAMILIES, DecoderConfig, RopeScaling, from_scratch
 from seedbed.model.families import canonical_name, config_from_hf, config_to_hf, read_config, weight_names
 
 # config.json as published, less what a decoder has no use for.
@@ -104,6 +104,22 @@ def test_rotary_base_of_old_and_new_files(rope: dict[str, Any]) -> None:
     assert config_from_hf(raw).rope_theta == 10000.0
 
 
+LLAMA3: dict[str, Any] = {  # Llama 3.2 1B
+    "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_scaled_positions_of_old_and_new_files(key: str) -> None:
+    config = config_from_hf(SMOLLM2 | {key: LLAMA3})
+    assert config.rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
+    raw = config_to_hf(config, bos_token_id=None, eos_token_id=2, dtype="bfloat16")
+    assert raw["rope_scaling"] == LLAMA3
+    assert raw["rope_parameters"] == LLAMA3 | {"rope_theta": config.rope_theta}
+    assert config_from_hf(raw) == config
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "says"),
     [
@@ -120,11 +136,9 @@ def test_rotary_base_of_old_and_new_files(rope: dict[str, Any]) -> None:
         ("gpt2", {"resid_pdrop": "a"}, "resid_pdrop 'a': expected a number"),
         ("gpt2", {"tie_word_embeddings": "yes"}, "tie_word_embeddings 'yes': expected true or false"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu': supported is 'silu'"),
-        (
-            "llama",
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            "rope_type 'llama3': supported is 'default'",
-        ),
+        ("llama", {"rope_scaling": LLAMA3 | {"factor": None}}, "rope_type 'llama3': factor None: expected a number"),
+        ("llama", {"rope_scaling": LLAMA3 | {"factor": 0.5}}, "rope_scaling factor 0.5: expected 1 or more"),
+        ("llama", {"rope_scaling": LLAMA3 | {"high_freq_factor": 1}}, "low_freq_factor 1.0, high_freq_factor 1.0"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn'"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5: supported is 1.0"),

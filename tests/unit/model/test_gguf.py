@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as Backend
 
 from seedbed.data.python_docs import python_docs
 from seedbed.errors import CheckpointError, ConfigError, MissingExtra, SeedbedError
-from seedbed.model.config import DecoderConfig, from_scratch
+from seedbed.model.config import DecoderConfig, RopeScaling, from_scratch
 from seedbed.model.decoder import Decoder
 from seedbed.model.gguf import import_gguf, read_gguf
 from seedbed.model.weights import load_decoder, save_decoder
@@ -334,15 +334,35 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
         assert problem in str(caught.value)
 
 
-@pytest.mark.parametrize(("factor", "refused"), [(1.0, False), (8.0, True)])
-def test_scaling_hidden_in_a_tensor_is_refused(factor: float, refused: bool, tmp_path: Path) -> None:
-    """Llama 3.1 keeps it as `rope_freqs`; all ones change nothing."""
-    path = tiny_gguf(tmp_path, tensors={"rope_freqs.weight": np.full(4, factor, dtype=np.float32)})
-    if refused:
-        with pytest.raises(ConfigError, match="rope_type 'llama3'"):
-            import_gguf(read_gguf(path), tmp_path / "out")
-    else:
-        assert imported(path).config.max_seq_len == 64
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_scaled_positions_are_read_from_their_factors(factor: float, tmp_path: Path) -> None:
+    """Llama 3.1 and 3.2 keep of their scaling only what it comes to."""
+    scaling = RopeScaling(factor, 1.0, 4.0, 8192)
+    vocab_size = len(byte_level_metadata("llama-bpe")["tokenizer.ggml.tokens"])
+    model = make_model("llama", vocab_size, head_dim=64, rope_theta=500000.0, rope_scaling=scaling)
+    factors = []
+    for pair in range(32):
+        turns = 8192 / (2 * np.pi * 500000.0 ** (pair / 32))
+        smooth = (turns - 1) / 3
+        factors.append(1.0 if turns > 4 else factor if turns < 1 else 1 / ((1 - smooth) / factor + smooth))
+    assert len(set(factors)) > 3
+    path = tiny_gguf(
+        tmp_path,
+        model=model,
+        changes={"llama.attention.key_length": 64},
+        tensors={"rope_freqs.weight": np.array(factors, dtype=np.float32)},
+    )
+    assert imported(path).config == model.config
+
+
+def test_factors_of_one_change_nothing_and_others_than_llama3s_are_refused(tmp_path: Path) -> None:
+    factors = np.ones(4, dtype=np.float32)
+    path = tiny_gguf(tmp_path, tensors={"rope_freqs.weight": factors})
+    assert imported(path).config.rope_scaling is None
+    for others in (factors * 8, factors / 2, factors * np.nan, factors * np.inf, np.full(5, 8, dtype=np.float32)):
+        path = tiny_gguf(tmp_path, tensors={"rope_freqs.weight": others})
+        with pytest.raises(ConfigError, match=r"model.gguf: rope_(freqs|scaling)"):
+            import_gguf(read_gguf(path), tmp_path / "again")
 
 
 def test_a_type_the_package_cannot_dequantize_is_refused(tmp_path: Path) -> None:
