@@ -30,11 +30,12 @@ from commands import machine, put_between
 from contenders import JOBS, Contender, Job, Place, prepare
 from equality import EQUALITY, compare_losses
 from machine import PeakMemory, capabilities
-from speed_table import tables
+from speed_table import summary, tables
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 RESULTS: Final = ROOT / "benchmarks" / "results" / "speed.json"
 PAGE: Final = ROOT / "docs" / "performance.md"
+README: Final = ROOT / "README.md"
 MOST_SECONDS: Final = 900
 
 
@@ -101,10 +102,11 @@ def run_job(job: Job, repeats: int, block: dict[str, Any], save: Callable[[dict[
 
 
 def write(results: dict[str, Any]) -> None:
-    """Figures and page, jobs in their order."""
+    """Figures and pages, jobs in their order."""
     results = {name: results[name] for name in [*JOBS, EQUALITY] if name in results}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    put_between(PAGE, "<!-- figures -->", tables(results), "<!-- end of figures -->")
+    for page, figures in ((PAGE, tables(results)), (README, summary(results))):
+        put_between(page, "<!-- figures -->", figures, "<!-- end of figures -->")
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""The tables of `docs/performance.md`, made from the figures of `speed.py`."""
+"""The tables of `docs/performance.md` and `README.md`, made from the figures of `speed.py`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,20 @@ def tables(results: Mapping[str, Any]) -> str:
     """All jobs that were measured, a table each."""
     parts = [equality_table(job) if name == EQUALITY else job_table(name, job) for name, job in results.items()]
     return "\n\n".join(parts)
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """One table: a row for each job that has peers, the first way of seedbed's beside the fastest of theirs."""
+    lines = ["| | seedbed | the fastest of the others | × |", "|---|---:|---:|---:|"]
+    for job in results.values():
+        medians = job_medians(job) if "contenders" in job else {}
+        theirs = {name: speed for name, speed in medians.items() if job["contenders"][name]["is_peer"]}
+        if theirs:
+            fastest = max(theirs, key=theirs.__getitem__)
+            ours = next(speed for name, speed in medians.items() if name not in theirs)
+            speeds = f"{spread([ours])} {job['unit']} | {spread([theirs[fastest]])} ({fastest})"
+            lines.append(f"| {job['title']} | {speeds} | {ours / theirs[fastest]:.2f} |")
+    return "\n".join(lines)
 
 
 def job_table(name: str, job: Mapping[str, Any]) -> str:
@@ -62,12 +76,14 @@ def spread(found: Sequence[float]) -> str:
 
 def best_peer(job: Mapping[str, Any]) -> float | None:
     """The highest median of a peer; None where no peer was measured."""
-    medians = [
-        statistics.median(speeds)
-        for entry in job["contenders"].values()
-        if entry["is_peer"] and (speeds := values(entry["runs"], "speed"))
-    ]
-    return max(medians, default=None)
+    peers = (speed for name, speed in job_medians(job).items() if job["contenders"][name]["is_peer"])
+    return max(peers, default=None)
+
+
+def job_medians(job: Mapping[str, Any]) -> dict[str, float]:
+    """The median speed of each contender that has one."""
+    speeds = {name: values(entry["runs"], "speed") for name, entry in job["contenders"].items()}
+    return {name: statistics.median(found) for name, found in speeds.items() if found}
 
 
 def flops_per_token(parameters: int) -> int:

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "peers"))
 from steps import Steps
 
 from machine import PeakMemory, memory_of, process_tree
-from speed_table import best_peer, equality_table, flops_per_token, job_table, spread
+from speed_table import best_peer, equality_table, flops_per_token, job_table, spread, summary
 
 
 def run(speed: float, **more: Any) -> dict[str, Any]:
@@ -50,6 +50,13 @@ def test_a_run_that_failed_does_not_count(job: dict[str, Any]) -> None:
     assert "| another | 65.0 (60.0–70.0) |  | 2.00 | 3.0 | 4.25 |" in lines
     assert "| broken | failed | | | | |" in lines
     assert best_peer(job) == 100
+
+
+def test_the_summary_sets_the_first_of_ours_beside_the_fastest_peer(job: dict[str, Any]) -> None:
+    job["contenders"] |= {"ours --compile": {"is_peer": False, "runs": [run(400)]}}
+    alone = {**job, "title": "Alone", "contenders": {"ours": job["contenders"]["ours"]}}
+    lines = summary({"char": job, "share": alone, "equality": {"runs": {}}}).splitlines()
+    assert lines[2:] == ["| A job | 140 tokens/s | 100 (one) | 1.40 |"]
 
 
 def test_a_single_run_has_no_range() -> None:
