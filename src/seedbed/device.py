@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 
-from seedbed import distributed
 from seedbed.errors import ConfigError
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -77,9 +76,9 @@ def product_type(tensor: torch.Tensor) -> torch.dtype:
 
 
 def envelope(device: torch.device) -> dict[str, str | int]:
-    """What the last bits of a step depend on beside weights, text and options."""
+    """What the last bits of a step depend on beside weights, text, options and the number of processes."""
     if device.type != "cpu":
-        return {"torch": torch.__version__, "device": describe(device), "processes": distributed.size()}
+        return {"torch": torch.__version__, "device": describe(device)}
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").lower()
     instructions = torch.backends.cpu.get_cpu_capability()
     amx = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
@@ -87,7 +86,6 @@ def envelope(device: torch.device) -> dict[str, str | int]:
         "torch": torch.__version__,
         "device": platform.machine(),
         "threads": torch.get_num_threads(),
-        "processes": distributed.size(),
         "instructions": f"{instructions}{amx}{f' limited to {limit}' if limit else ''}",
     }
 
@@ -101,6 +99,20 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 2**30)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's allocator has a type for it; the CPU's, Apple's, and CUDA's libraries raise errors that say so."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give the memory that torch keeps for later back to a GPU."""
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seedbed import errors
+from seedbed.device import is_out_of_memory
 from seedbed.errors import ConfigError, LostProcessError, SeedbedError
 
 if TYPE_CHECKING:
@@ -97,9 +98,18 @@ def joined() -> Iterator[None]:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """`device`, or the GPU of this process where several share a node."""
+    """`device`, or the GPU of this process where several share a node.
+
+    Raises:
+        ConfigError: there is none for it.
+    """
     if _group is None or device.type != "cuda":
         return device
+    if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"--device {device}: each process takes a GPU of its own; give --device cuda")
+    found = torch.cuda.device_count()
+    if _group.local_rank >= found:
+        raise ConfigError(f"process {_group.local_rank} of this machine: no GPU left; start {found} here")
     own = torch.device("cuda", _group.local_rank if device.index is None else device.index)
     torch.cuda.set_device(own)
     return own
@@ -150,6 +160,8 @@ def each_a_part(items: Sequence[S], work: Callable[[Sequence[S]], Sequence[T]]) 
 
 def together(work: Callable[[], None]) -> None:
     """Do `work` in every process; where it fails in one, it has failed in all of them.
+
+    Itself it asks nothing of the others: where it failed before it asked, they would take other words for the answer.
 
     Raises:
         StorageError, OSError, MemoryError, RuntimeError: what went wrong, in every process.
@@ -435,16 +447,16 @@ def is_lost(error: BaseException) -> bool:
 def _described(error: BaseException) -> dict[str, Any]:
     code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
     message = str(error) if isinstance(error, Exception) else "it was interrupted"
-    return {"type": type(error).__name__, "message": message or type(error).__name__, "exit_code": code}
+    ours = type(error).__name__ if isinstance(error, SeedbedError) else None
+    kind = ours or ("MemoryError" if is_out_of_memory(error) else "OSError")
+    return {"type": kind, "message": message or type(error).__name__, "exit_code": code}
 
 
 def _raised(description: dict[str, Any]) -> Exception:
     """The error that another process described, already told by it."""
-    kind = getattr(errors, description["type"], None)
-    if description["type"] in ("MemoryError", "OutOfMemoryError") and kind is None:
-        return MemoryError(description["message"])
-    if kind is None:
-        return OSError(description["message"])
+    if of_python := {"MemoryError": MemoryError, "OSError": OSError}.get(description["type"]):
+        return of_python(description["message"])
+    kind = getattr(errors, description["type"])
     error: SeedbedError = kind.__new__(kind)
     error.args = (description["message"],)
     error.told = True

@@ -23,6 +23,7 @@ from seedbed.data.store import split_long
 from seedbed.errors import ConfigError, DataError
 from seedbed.loss import IGNORE, token_losses
 from seedbed.model.decoder import Decoder
+from seedbed.parallel import is_sharded
 from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer, batches_of_text
 
@@ -180,7 +181,8 @@ def evaluation_mode(model: Decoder) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        # What the first pass puts together of a model in parts stays, and training goes on with it.
+        with torch.no_grad() if is_sharded(model) else torch.inference_mode():
             yield
     finally:
         model.train(was_training)

@@ -164,7 +164,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     one number for each 256 codes.
     """
     states = {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
-    if _is_8bit(optimizer):
+    if is_8bit(optimizer):
         states = {name: _from_bitsandbytes(state) for name, state in states.items() if state}
     return {
         f"{name}/{key}": own_part(value)
@@ -192,10 +192,11 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
                 f"--optimizer: the checkpoint holds the state of another one: {', '.join(sorted(state))} of {name}, "
                 f"expected {', '.join(sorted(expected))}; go on with the optimizer it was trained with"
             )
-        optimizer.state[parameters[name]] = _to_bitsandbytes(optimizer, state) if _is_8bit(optimizer) else state
+        optimizer.state[parameters[name]] = _to_bitsandbytes(optimizer, state) if is_8bit(optimizer) else state
 
 
-def _is_8bit(optimizer: torch.optim.Optimizer) -> bool:
+def is_8bit(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is bitsandbytes', whose kernels change tensors unseen by torch."""
     return not isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD | Muon)
 
 
@@ -205,7 +206,7 @@ def _state_keys(optimizer: torch.optim.Optimizer, parameter: Tensor) -> set[str]
         return {"momentum_buffer"}
     if isinstance(optimizer, Muon):
         return optimizer.keys_of(parameter)
-    if _is_8bit(optimizer) and parameter.numel() >= _MIN_SIZE_8BIT:
+    if is_8bit(optimizer) and parameter.numel() >= _MIN_SIZE_8BIT:
         return {"step", *(f"{moment}.{part}" for moment in _MOMENTS for part in ("codes", "scales"))}
     return {"step", *_MOMENTS}
 

@@ -42,7 +42,10 @@ def _replicate(model: Decoder) -> Spread:
     """The first process's weights in all of them."""
     from torch.nn.parallel import DistributedDataParallel
 
-    replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    replica = DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # what is frozen was read from one file by all
+            distributed.of_first(parameter.detach())
 
     def add_up(last: bool) -> None:
         replica.require_backward_grad_sync = last

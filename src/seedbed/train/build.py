@@ -56,7 +56,7 @@ def build_job(start: Start, display: Display) -> Job:
     device = distributed.local_device(pick_device(start.config.training.device))
     precision = pick_precision(start.config.training.precision, device)
     config = settled(start.config, precision)
-    method = pick_method(config, device)
+    method = pick_method(config, device, precision)
     if distributed.size() == 1 and config.is_given("parallel"):
         display.line("One process: --parallel has nothing to share; start several with torchrun (docs/distributed.md)")
     if method == "ddp":  # parts of weights come and go in sizes that never fit again
@@ -67,14 +67,14 @@ def build_job(start: Start, display: Display) -> Job:
     sample = sample_prompt(made)
 
     model = made.model if method == "fsdp" else made.model.to(device)
-    make_ready(model, config)
+    make_ready(model, config, device)
     shared = spread(model, method, device, precision)
     optimizer = build_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     state = restore(checkpoint, model, optimizer, scaler)
     if isinstance(made.rows, StreamedRows) and state.shard_rows:
         made.rows.found = list(state.shard_rows)
-    tell_of_other_bits(display, state, envelope(device))
+    tell_of_other_bits(display, state, {**envelope(device), "processes": distributed.size()})
     epochs, total_steps = length(config, made.rows)
     schedule = make_schedule(training, total_steps)
     expected = forecast_run(made, optimizer, state, total_steps)
@@ -123,7 +123,7 @@ def settled(config: Config, precision: Precision) -> Config:
     return config
 
 
-def pick_method(config: Config, device: torch.device) -> Method:
+def pick_method(config: Config, device: torch.device, precision: Precision) -> Method:
     """How the processes share the model; for `auto` whole, unless its training state fills more than half a GPU.
 
     Raises:
@@ -133,9 +133,19 @@ def pick_method(config: Config, device: torch.device) -> Method:
         return "ddp"
     if config.watching.async_save:
         raise ConfigError("--async_save is for one process; leave it out, or start without torchrun")
+    if config.training.parallel == "fsdp" and precision == "fp16":
+        raise ConfigError(
+            f"--parallel fsdp: {device} takes fp16, which has no loss scaling there; choose --precision fp32, or ddp"
+        )
     if config.training.parallel != "auto":
         return config.training.parallel
-    if device.type != "cuda" or config.with_lora or config.continues or config.training.optimizer != "adamw":
+    if (
+        device.type != "cuda"
+        or precision == "fp16"
+        or config.with_lora
+        or config.continues
+        or config.training.optimizer != "adamw"
+    ):
         return "ddp"
     scratch = config.regime == "scratch"
     shape = decoder_config(config.model, config.data, ASSUMED_VOCAB) if scratch else planned_shape(config.model.model)
@@ -143,7 +153,7 @@ def pick_method(config: Config, device: torch.device) -> Method:
     return "ddp" if fits else "fsdp"
 
 
-def make_ready(model: Decoder, config: Config) -> None:
+def make_ready(model: Decoder, config: Config, device: torch.device) -> None:
     """Put on the model, where it will be trained, what the options ask of it."""
     training = config.training
     if config.with_lora:
@@ -152,7 +162,7 @@ def make_ready(model: Decoder, config: Config) -> None:
     if training.neftune_alpha:
         add_embedding_noise(model, training.neftune_alpha)
     if training.compile:
-        compile_blocks(model)
+        compile_blocks(model, device)
 
 
 def begin_records(start: Start, made: Ingredients, state: TrainingState, findings: Sequence[Finding]) -> None:
@@ -244,14 +254,13 @@ def restore(
     return state
 
 
-def compile_blocks(model: Decoder) -> None:
+def compile_blocks(model: Decoder, device: torch.device) -> None:
     """Put every block through torch.compile: they are alike, so one is compiled and all use it.
 
     Raises:
         ConfigError: a CPU without a C++ compiler.
     """
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if on_cpu and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         raise ConfigError(
             "--compile needs a C++ compiler on a CPU and there is none; install one (g++) or leave it out"
         )

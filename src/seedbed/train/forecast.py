@@ -16,7 +16,7 @@ import torch
 
 from seedbed import distributed
 from seedbed.config import Config
-from seedbed.device import peak_memory_mb, pick_device, pick_precision
+from seedbed.device import empty_cache, peak_memory_mb, pick_device, pick_precision
 from seedbed.errors import OutOfMemoryError
 from seedbed.findings import Finding
 from seedbed.lora import num_trainable
@@ -214,6 +214,7 @@ def forecast(run: Workload, seconds: float = 3.0) -> Forecast:
     peak_so_far = peak_memory_mb(device) * MIB if run.loaded_bytes and on_cpu else 0.0
     look = look_at(run)
     costs = try_out(model, config, look.batch, device, precision, seconds)
+    empty_cache(device)  # what torch keeps of it is free too
     program = resident_bytes() - run.loaded_bytes + CODE_BYTES if on_cpu else 0.0
     pace = Pace(run, model, costs, look)
     whole = _footprint(run, model, costs, device, look, program)
@@ -309,6 +310,6 @@ def _footprint(
         updating=UNPACKED * max(p.numel() for p in model.parameters() if p.requires_grad) * (unpacks and on_cpu),
         loading=4.0 * parameters + run.stored_bytes if on_cpu else 0.0,
         saving=0.0 if config.with_lora or not on_cpu else 4.0 * parameters,
-        beside=weights + costs.state_bytes * trained if config.watching.async_save and on_cpu else 0.0,
+        beside=(4.0 + costs.state_bytes) * trained if config.watching.async_save and on_cpu else 0.0,
         unused=UNUSED if on_cpu else 0.0,
     )

@@ -14,7 +14,7 @@ from seedbed import distributed
 from seedbed.checkpoint import link_checkpoint, read_state
 from seedbed.config import SamplingOptions
 from seedbed.data.rows import Rows
-from seedbed.device import autocast, describe, peak_memory_mb
+from seedbed.device import autocast, describe, is_out_of_memory, peak_memory_mb
 from seedbed.errors import DivergedError, OutOfMemoryError, SeedbedError, StorageError
 from seedbed.generate import generate
 from seedbed.parallel import with_weights
@@ -27,7 +27,7 @@ from seedbed.train.progress import Display, perplexity
 from seedbed.train.recovery import Recovery, nothing_fits
 from seedbed.train.saving import Saver
 from seedbed.train.spikes import WINDOW, RecentLosses, Usual, look_at_spike
-from seedbed.train.step import StepResult, TornUpdateError, is_out_of_memory, take_step
+from seedbed.train.step import StepResult, TornUpdateError, take_step
 from seedbed.train.stopping import StopRequest, Stopwatch, listen_for_signals
 from seedbed.train.verdict import LiveDiagnosis
 

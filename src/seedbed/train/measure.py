@@ -75,7 +75,7 @@ def held_out_loss(job: Measured, rows: Rows, request: StopRequest, display: Disp
         for batch in display.watch_validation(batches, distributed.largest_share(len(rows))):
             if request.heard():
                 return None
-            own_sum += float(place_losses(job, batch.to(job.device), job.precision).double().sum())
+            own_sum += float(place_losses(job, batch.to(job.device), job.precision).cpu().double().sum())
     return distributed.total(own_sum) / rows.num_targets
 
 

@@ -149,7 +149,9 @@ def go_back(job: Job) -> Path | None:
     if found is None:
         return None
     checkpoint = job.run.checkpoints / found
-    parallel.load(job.model, load_model(checkpoint)[0])
+    with distributed.weights_in_first_only(parallel.is_sharded(job.model)):
+        saved = load_model(checkpoint)[0]
+    parallel.load(job.model, saved)
     job.optimizer.state.clear()
     load_optimizer_tensors(job.model, job.optimizer, read_optimizer(checkpoint))
     now, then = job.state, TrainingState.from_json(read_state(checkpoint))

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from seedbed import distributed
 from seedbed.checkpoint import link_checkpoint, rotate, save_checkpoint, save_optimizer_part
 from seedbed.data.streaming import StreamedRows
+from seedbed.device import is_out_of_memory
 from seedbed.errors import StorageError
 from seedbed.model.decoder import Decoder
 from seedbed.optim import optimizer_tensors
 from seedbed.parallel import gathered, is_sharded, put_apart
 from seedbed.train.job import Job
 from seedbed.train.progress import Display
-from seedbed.train.step import is_out_of_memory
 from seedbed.train.stopping import Stopwatch
 
 PAUSES: Final = (0.0, 0.5, 2.0)  # seconds before each try
@@ -43,10 +43,12 @@ class Weights:
     def copied(self) -> Weights:
         """The same in memory of its own, on the CPU, which training does not change."""
         parameters = {
-            id(parameter): nn.Parameter(parameter.detach().cpu().clone(), requires_grad=parameter.requires_grad)
+            id(parameter): nn.Parameter(parameter.detach().to("cpu", copy=True))
+            if parameter.requires_grad
+            else parameter
             for parameter in self.model.parameters()
         }
-        optimizer = {name: tensor.detach().cpu().clone() for name, tensor in self.optimizer.items()}
+        optimizer = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.optimizer.items()}
         return Weights(copy.deepcopy(self.model, dict(parameters)), optimizer, self.state)
 
 
@@ -103,17 +105,27 @@ class Saver:
         self.wait()
         folder = self._job.run.checkpoints / name
         self._about = self._job.state.step, name, undo
-        if last or not self._job.watching.async_save:
-            self._try(lambda: self._work(folder, copied=False)(), then)
+        if whole := self._just_saved(folder):
+            self._try(folder, [self._note, _by_first(lambda: self._link(whole, folder))], then)
             return folder if self._is_settled(last=last) else None
+        self.newest = (self._job.state.step, folder)
+        if self._job.watching.async_save and not last:
+            self._save_beside(folder, then)
+        else:
+            self._try(folder, [self._note, *self._acts(folder)], then)
+        return folder if self._thread is not None or self._is_settled(last=last) else None
+
+    def _save_beside(self, folder: Path, then: Act) -> None:
+        """Begin to write a copy of the weights as they are now."""
         try:
-            work = self._work(folder, copied=True)
+            self._note()
+            weights = self._weights().copied()
         except (OSError, MemoryError, RuntimeError) as error:
             self._failure = error
-            return folder if self._is_settled() else None
-        self._thread = Thread(target=self._try, args=(work, then), daemon=True)  # a second signal does not wait for it
-        self._thread.start()
-        return folder
+            return
+        write = partial(self._write, folder, weights)
+        self._thread = Thread(target=self._try, args=(folder, [write], then), daemon=True)
+        self._thread.start()  # a second signal does not wait for it
 
     def wait(self) -> None:
         """Until what is being written is on disk, or known not to be.
@@ -126,43 +138,73 @@ class Saver:
             self._thread = None
             self._is_settled()
 
-    def _work(self, folder: Path, *, copied: bool) -> Act:
-        """What writes the weights as they are now; another name for those just saved costs next to nothing."""
+    def _just_saved(self, folder: Path) -> Path | None:
+        """The weights at hand under another name, which costs next to nothing to link."""
+        newest = self.newest
+        if newest and newest[0] == self._job.state.step and newest[1] != folder:
+            return newest[1] if distributed.on_first(newest[1].exists) else None
+        return None
+
+    def _note(self) -> None:
+        """Have the state know what else belongs to this step, with the records safely on disk."""
         job, state = self._job, self._job.state
         state.seconds, state.scaler, state.records = self._watch.seconds, job.scaler.state_dict(), job.run.positions()
         if isinstance(job.rows, StreamedRows):
             state.shard_rows = job.rows.found
-        newest = self.newest
-        if newest and newest[0] == state.step and newest[1] != folder and distributed.on_first(newest[1].exists):
-            return _by_first(partial(link_checkpoint, newest[1], folder, state.to_json()))
-        self.newest = (state.step, folder)
-        put_apart(job.model)
-        weights = Weights(job.model, optimizer_tensors(job.model, job.optimizer), state.to_json())
-        if is_sharded(job.model):
-            return self._timed(partial(_save_parts, folder, job, weights))
-        if copied:
-            weights = weights.copied()
-        model, optimizer, values = weights.model, weights.optimizer, weights.state
-        companions = job.keeping.companions
-        write = partial(save_checkpoint, folder, model, job.tokenizer, optimizer, values, companions)
-        return self._timed(_by_first(write))
 
-    def _timed(self, write: Act) -> Act:
-        def timed() -> None:
-            began = self._watch.seconds
-            write()
-            self.seconds = max(self._watch.seconds - began, 0.9 * self.seconds)
+    def _link(self, whole: Path, folder: Path) -> None:
+        link_checkpoint(whole, folder, self._job.state.to_json())
 
-        return timed
+    def _acts(self, folder: Path) -> list[Act]:
+        """What writes the weights, each act by all processes before the next."""
+        if not is_sharded(self._job.model):
+            return [_by_first(lambda: self._write(folder, self._weights()))]
+        whole: list[Decoder] = []
+        return [
+            lambda: whole.append(self._put_together()),
+            lambda: self._write_part(folder),
+            _by_first(lambda: self._publish(folder, whole.pop())),
+        ]
 
-    def _try(self, work: Act, then: Act) -> None:
+    def _weights(self) -> Weights:
+        job = self._job
+        return Weights(job.model, optimizer_tensors(job.model, job.optimizer), job.state.to_json())
+
+    def _write(self, folder: Path, weights: Weights) -> None:
+        job = self._job
+        model, optimizer, state = weights.model, weights.optimizer, weights.state
+        save_checkpoint(folder, model, job.tokenizer, optimizer, state, job.keeping.companions)
+
+    def _put_together(self) -> Decoder:
+        """In the first process's memory, weight by weight."""
+        put_apart(self._job.model)
+        return gathered(self._job.model)
+
+    def _write_part(self, folder: Path) -> None:
+        """This process's part of the optimizer."""
+        tensors = optimizer_tensors(self._job.model, self._job.optimizer)
+        rank, size = distributed.rank(), distributed.size()
+        own = {name: tensor for name, tensor in tensors.items() if tensor.dim() or rank == 0}
+        save_optimizer_part(_parts_of(folder), own, rank, size)
+
+    def _publish(self, folder: Path, model: Decoder) -> None:
+        save_checkpoint(folder, model, self._job.tokenizer, None, self._job.state.to_json(), _parts_of(folder))
+        shutil.rmtree(_parts_of(folder), ignore_errors=True)
+
+    def _try(self, folder: Path, acts: list[Act], then: Act) -> None:
         for pause in PAUSES:
             time.sleep(pause)
+            began = self._watch.seconds
             try:
-                distributed.together(work)
+                for act in acts:  # one by one, for what an act asks of others must not be half of another's
+                    distributed.together(act)
+                if self.newest and self.newest[1] == folder:  # not a link
+                    self.seconds = max(self._watch.seconds - began, 0.9 * self.seconds)
                 distributed.together(_by_first(then))
             except (StorageError, OSError, MemoryError, RuntimeError) as error:
                 self._failure = error
+                if distributed.is_first():
+                    shutil.rmtree(_parts_of(folder), ignore_errors=True)
             else:
                 self._failure = None
                 return
@@ -191,19 +233,6 @@ def _by_first(work: Act) -> Act:
     return work if distributed.is_first() else lambda: None
 
 
-def _save_parts(folder: Path, job: Job, weights: Weights) -> None:
-    """Save a model that the processes share: the first one puts it together in its memory, weight by weight."""
-    model = gathered(weights.model)
-    parts = folder.with_name(f".{folder.name}-parts.tmp")
-    rank, size = distributed.rank(), distributed.size()
-    own = {name: tensor for name, tensor in weights.optimizer.items() if tensor.dim() or rank == 0}
-
-    def publish() -> None:
-        save_checkpoint(folder, model, job.tokenizer, None, weights.state, parts)
-
-    try:
-        distributed.together(lambda: save_optimizer_part(parts, own, rank, size))
-        distributed.together(_by_first(publish))
-    finally:
-        if distributed.is_first():
-            shutil.rmtree(parts, ignore_errors=True)
+def _parts_of(folder: Path) -> Path:
+    """Where processes that share a model put their parts of the optimizer first."""
+    return folder.with_name(f".{folder.name}-parts.tmp")

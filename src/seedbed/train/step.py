@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from seedbed import distributed
 from seedbed.data.batches import Batch
-from seedbed.device import autocast
+from seedbed.device import autocast, empty_cache, is_out_of_memory
 from seedbed.loss import linear_cross_entropy
-from seedbed.optim import set_learning_rate
+from seedbed.optim import is_8bit, set_learning_rate
 from seedbed.parallel import whole
 from seedbed.train.job import Job
 
@@ -44,7 +44,7 @@ class StepResult:
         return math.isfinite(self.loss_sum) and math.isfinite(self.grad_norm)
 
 
-class TornUpdateError(RuntimeError):
+class TornUpdateError(MemoryError):
     """Memory ran out when some weights had followed the gradient and others had not."""
 
 
@@ -77,7 +77,7 @@ def take_step(job: Job, budget_used: float) -> StepResult:
     grad_norm = float(whole(norm))
     objection = job.guard.objection(loss_sum / tokens, grad_norm)
     if not objection:
-        with whole_or_torn(job.model):
+        with whole_or_torn(job.optimizer):
             job.scaler.step(job.optimizer)
         job.guard.taken(loss_sum / tokens, grad_norm)
     job.scaler.update()
@@ -85,7 +85,7 @@ def take_step(job: Job, budget_used: float) -> StepResult:
     return StepResult(loss_sum, tokens, learning_rate, grad_norm, data_seconds, objection)
 
 
-def batch_objective(job: Job, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_objective(job: Job, batch: Batch) -> tuple[Tensor, Tensor]:
     """Nats summed over the targets of one micro-batch, and what is minimised: they and the pull of the anchors."""
     with autocast(job.device, job.precision):
         hidden = job.spread.forward(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
@@ -100,27 +100,27 @@ def dropout_seed(seed: int, step: int, micro_batch: int, rank: int = 0) -> int:
 
 
 @contextlib.contextmanager
-def whole_or_torn(model: nn.Module) -> Iterator[None]:
+def whole_or_torn(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Tells an update that ran out of memory before it began from one that did so half-way."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before = [parameter._version for parameter in trained]
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    tensors = [*(parameter for group in optimizer.param_groups for parameter in group["params"]), *states]
+    before, known = [tensor._version for tensor in tensors], set(optimizer.state)
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error) and before != [parameter._version for parameter in trained]:
+        if not is_out_of_memory(error):
+            raise
+        if is_8bit(optimizer) or before != [tensor._version for tensor in tensors]:
             raise TornUpdateError("out of memory in the middle of an update") from error
+        for parameter in set(optimizer.state) - known:
+            del optimizer.state[parameter]  # half made, and the next try would take it for whole
         raise
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has a type for it; the CPU's allocator raises a RuntimeError that says so."""
-    known = (torch.OutOfMemoryError, MemoryError, TornUpdateError)
-    return isinstance(error, known) or "can't allocate memory" in str(error)
 
 
 def let_go(job: Job) -> None:
     """Give back what a step that failed left behind."""
     job.optimizer.zero_grad(set_to_none=True)
     gc.collect()
-    if job.device.type == "cuda":
-        torch.cuda.empty_cache()
+    empty_cache(job.device)
+    job.scaler.scale(torch.zeros((), device=job.device))  # has a scale from here on, if it had none
+    job.scaler.update(job.scaler.get_scale())  # forgets that gradients were unscaled

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from seedbed.config import Config
 from seedbed.data.batches import Batch
-from seedbed.device import Precision, autocast
+from seedbed.device import Precision, autocast, empty_cache, is_out_of_memory
 from seedbed.freeze import freeze
 from seedbed.lora import add_adapter
 from seedbed.loss import IGNORE, linear_cross_entropy, token_losses
@@ -289,11 +289,19 @@ class _Trial:
         work()  # what only the first time takes
         first = _seconds(work, self.device)
         done, whole = flops(*small.input_ids.shape), flops(self.rows, self.width)
-        piece = self.affordable(flops, max(done / first * seconds / 3, 4 * done))
-        if piece.input_ids.numel() <= small.input_ids.numel():
+        limit = max(done / first * seconds / 3, 4 * done)
+        while (piece := self.affordable(flops, limit)).input_ids.numel() > small.input_ids.numel():
+            try:
+                middle = _median_seconds(prepare(piece), self.device, seconds)
+                break
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            empty_cache(self.device)
+            limit = flops(*piece.input_ids.shape) / 2  # a run takes fewer rows at once then, too
+        else:
             return _median_seconds(work, self.device, seconds - first) * whole / done, small
-        work = prepare(piece)
-        middle, tried = _median_seconds(work, self.device, seconds), flops(*piece.input_ids.shape)
+        tried = flops(*piece.input_ids.shape)
         # A part of what work takes, such as its passes over the weights, does not grow with the rows.
         slope = min(max((middle - first) / (tried - done), middle / tried / 3), middle / tried)
         return middle + slope * (whole - tried), piece
