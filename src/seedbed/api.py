@@ -19,7 +19,7 @@ from typing import Any, Literal, Self, overload
 from rich.console import Console
 
 from seedbed.checkpoint import find_model, load_model
-from seedbed.config import Layer, SamplingOptions, read_config_file, read_run_options, read_section, resolve
+from seedbed.config import CALL, Layer, SamplingOptions, read_config_file, read_run_options, read_section, resolve
 from seedbed.data import open_whole
 from seedbed.device import Precision, autocast, pick_precision
 from seedbed.errors import ConfigError
@@ -30,8 +30,6 @@ from seedbed.model.decoding import DecodingModel
 from seedbed.text.template import find_template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.run import run_training
-
-CALL = "the call"
 
 
 @dataclass(frozen=True)

@@ -325,7 +325,8 @@ def remove_leftovers(checkpoints: Path) -> None:
 
 def rotate(checkpoints: Path, kind: str, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints called `KIND-N`; 0 keeps all."""
-    numbered = sorted(checkpoints.glob(f"{kind}-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    named = [folder for folder in checkpoints.glob(f"{kind}-*") if folder.name.removeprefix(f"{kind}-").isdecimal()]
+    numbered = sorted(named, key=lambda folder: int(folder.name.removeprefix(f"{kind}-")))
     for folder in numbered[:-keep] if keep else []:
         doomed = folder.with_name(f".{folder.name}.tmp")
         folder.rename(doomed)

@@ -51,6 +51,7 @@ class Evaluation:
     bytes: int  # of the text in UTF-8
     max_seq_len: int
     stride: int
+    cut: int = 0  # conversations longer than the context, of which only the beginning counts
 
     @property
     def nats_per_token(self) -> float:
@@ -92,6 +93,7 @@ class Evaluation:
             "bytes": self.bytes,
             "max_seq_len": self.max_seq_len,
             "stride": self.stride,
+            "cut": self.cut,
             "model": model,
             "data": data,
         }
@@ -150,11 +152,16 @@ def evaluate(
             if progress:
                 progress(tokens)
     nats = distributed.total(nats)
-    if not tokens:
+    if not tokens and template is None:
         raise DataError(
             f"There is nothing to predict: of {count.documents:,} documents none has two tokens. Give a longer text."
         )
-    return Evaluation(nats, tokens, count.words, count.bytes, max_seq_len, stride)
+    if not tokens:
+        raise DataError(
+            f"There is nothing to predict: of {count.documents:,} conversations none has an answer that begins within "
+            f"{max_seq_len:,} tokens. Raise --max_seq_len, or shorten the questions."
+        )
+    return Evaluation(nats, tokens, round(count.words), max(1, round(count.bytes)), max_seq_len, stride, count.cut)
 
 
 def windows(tokens: Tokens, max_seq_len: int, stride: int) -> Iterator[tuple[Tokens, int]]:
@@ -191,13 +198,14 @@ def evaluation_mode(model: Decoder) -> Iterator[None]:
 @dataclass
 class _Count:
     documents: int = 0
-    words: int = 0
-    bytes: int = 0
+    words: float = 0
+    bytes: float = 0
+    cut: int = 0
 
-    def add(self, text: str) -> None:
-        """Count the words and bytes of a text that is predicted."""
-        self.words += sum(1 for _ in re.finditer(r"\S+", text))
-        self.bytes += len(text.encode())
+    def add(self, text: str, share: float = 1) -> None:
+        """Count the words and bytes of a text of which so much is predicted."""
+        self.words += share * sum(1 for _ in re.finditer(r"\S+", text))
+        self.bytes += share * len(text.encode())
 
 
 def _windows(
@@ -220,15 +228,14 @@ def _windows(
 def _conversations(template: Template, documents: Iterable[str], max_seq_len: int, count: _Count) -> Iterator[Window]:
     """One window for each conversation, its answers scored; the answers' words and bytes are counted."""
     for document in documents:
-        messages = from_document(document)
-        example = template.example(messages)
+        example = template.example(from_document(document))
         tokens = np.array(example.token_ids[: max_seq_len + 1], dtype=np.int32)
         scored = np.array(example.trained[1 : max_seq_len + 1], dtype=np.bool_)
         count.documents += 1
+        count.cut += len(example.token_ids) > len(tokens)
         if scored.any():
-            for message in messages:
-                if message["role"] == "assistant":
-                    count.add(message["content"])
+            for answer in example.answers:
+                count.add(answer, int(scored.sum()) / sum(example.trained[1:]))
             yield tokens, scored
 
 

@@ -73,6 +73,7 @@ def test_values_by_hand() -> None:
         "bytes": 40,
         "max_seq_len": 8,
         "stride": 4,
+        "cut": 0,
         "model": "m",
         "data": "d",
     }

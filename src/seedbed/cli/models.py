@@ -1,4 +1,4 @@
-"""Verbs that use a model: evaluate and generate."""
+"""Verbs that use a model: evaluate, generate and chat."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from rich.console import Console
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
 from seedbed.cli.options import given, sections
 from seedbed.cli.verb import Verb, refuse_unknown
-from seedbed.config import FLAGS, SamplingOptions, TextOptions, read_config_file, read_section
+from seedbed.config import FLAGS, SamplingOptions, read_section
 from seedbed.errors import ConfigError, DataError
+from seedbed.runs.info import is_run, read_run, run_of
 from seedbed.text.template import find_template
 
 if TYPE_CHECKING:
@@ -117,12 +118,13 @@ def evaluate(
             "Nats per token": f"{facts['nats_per_token']:.4f}",
             "Token perplexity": f"{facts['token_ppl']:.3f}" if facts["token_ppl"] else "too large",
             "Word perplexity": f"{facts['word_ppl']:,.3f}" if facts["word_ppl"] else "too large",
-            "Bits per byte": f"{facts['bits_per_byte']:.4f}",
+            "Bits per byte": f"{facts['bits_per_byte']:.4f}" if facts["bits_per_byte"] else "too large",
             "Tokens": f"{facts['tokens']:,}",
             "Words": f"{facts['words']:,}",
             "Bytes": f"{facts['bytes']:,}",
             "Context": facts["max_seq_len"],
             "Stride": facts["stride"],
+            **({"Cut": f"{facts['cut']:,} conversations longer than the context; --max_seq_len"} if result.cut else {}),
         }
     )
 
@@ -172,20 +174,24 @@ def held_out_documents(model: str) -> tuple[Iterator[str], str]:
     Raises:
         ConfigError: `model` does not belong to a run, or the run held nothing out.
     """
-    from seedbed.train.corpus import open_texts
+    from seedbed.checkpoint import find_model, read_state
+    from seedbed.train.corpus import open_run_texts
 
-    folders = (Path(model), Path(model).resolve().parent.parent)
-    run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
-    if run is None:
+    run = run_of(Path(model))
+    if not is_run(run):
         raise ConfigError(f"--data is missing, and --model {model} is not part of a run with held-out documents")
-    saved = read_config_file(str(run / "config.yaml")).values
-    options = TextOptions(**{name: saved[name] for name in TextOptions.model_fields if name in saved})
     try:
-        texts = open_texts(options)
+        texts = open_run_texts(read_run(run).options, str(run))
     except DataError as error:
         raise DataError(f"{error} (so {run}/config.yaml names it; give --data)") from None
     if not texts.hold_out:
         raise ConfigError(f"--data is missing, and the run {run} held no documents out")
+    if texts.validation is None and texts.changed_since(read_state(find_model(model)).get("text", "")):
+        click.echo(
+            f"Warning: {texts.train.name} is not the text that {run} learnt from: of what would be held out of it "
+            "now, parts may have been learnt; give --data",
+            err=True,
+        )
     return texts.held_out_documents(), texts.train.format
 
 

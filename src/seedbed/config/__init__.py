@@ -21,11 +21,14 @@ from seedbed.config.options import (
     option_names,
 )
 from seedbed.config.resolve import (
+    BY_DEFAULT,
+    CALL,
     DOMAIN_NAME,
     FLAGS,
     WITH_LORA,
     Config,
     Layer,
+    is_users_choice,
     preset_names,
     read_config_file,
     read_preset,
@@ -36,6 +39,8 @@ from seedbed.config.resolve import (
 )
 
 __all__ = [
+    "BY_DEFAULT",
+    "CALL",
     "DOMAIN_NAME",
     "FLAGS",
     "FREE_TO_CHANGE",
@@ -58,6 +63,7 @@ __all__ = [
     "TextOptions",
     "TrainingOptions",
     "WatchOptions",
+    "is_users_choice",
     "option_names",
     "preset_names",
     "read_config_file",

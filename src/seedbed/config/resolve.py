@@ -31,8 +31,11 @@ from seedbed.errors import ConfigError, did_you_mean
 from seedbed.parsing import parse_yaml
 
 FLAGS = "the command line"
+CALL = "the call"
 S = TypeVar("S", bound=Section)
-NOT_CHOSEN = ("default", "preset", "regime")
+BY_DEFAULT = "default"
+NOT_CHOSEN = ("preset ", "regime ")
+"""How other sources of values begin that nobody chose."""
 DOING = {
     "scratch": "training from scratch",
     "finetune": "fine-tuning",
@@ -46,6 +49,16 @@ FOUND_OUT = ("model ", "this machine", "--method ", "half the peak of ", "the pe
 OF_ONE_RUN = ("output", "resume_from", "resume", "stop_at_step")
 """Options that no other run inherits."""
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def is_chosen(source: str) -> bool:
+    """Whether a value from there is no default: neither of the program nor of a preset."""
+    return source != BY_DEFAULT and not source.startswith(NOT_CHOSEN)
+
+
+def is_users_choice(source: str) -> bool:
+    """Whether the user gave a value that comes from there, which the program did not find out either."""
+    return is_chosen(source) and not source.startswith(FOUND_OUT)
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,11 @@ class Config:
 
     def is_given(self, name: str) -> bool:
         """Whether the user chose this value, by a flag or in a file."""
-        return not self.sources[name].startswith(NOT_CHOSEN)
+        return is_chosen(self.sources[name])
+
+    def is_typed(self, name: str) -> bool:
+        """Whether it was given for just this run, and not in a file, where it may be for others."""
+        return self.sources[name] in (FLAGS, CALL)
 
     def adopt(self, values: Mapping[str, Any], sources: Mapping[str, str]) -> Config:
         """A copy with `values` and where they once came from, such as those a run was begun with."""
@@ -148,7 +165,7 @@ def read_config_file(name: str) -> Layer:
         known = ", ".join(preset_names())
         raise ConfigError(f"--config {name}: no such file, and no preset of that name. Presets: {known}.")
     values = read_yaml(path, f"--config {name}")
-    origins = {key: place for key, place in _pop_sources(values).items() if place.startswith(NOT_CHOSEN)}
+    origins = {key: place for key, place in _pop_sources(values).items() if not is_chosen(place)}
     values.pop("regime", None)
     return Layer(name, {key.replace("-", "_"): value for key, value in values.items()}, origins)
 
@@ -172,7 +189,7 @@ def read_run_options(regime: str, run: str) -> Layer:
     chosen = {
         name: value
         for name, value in saved.items()
-        if name not in OF_ONE_RUN and not sources.get(name, "default").startswith((*NOT_CHOSEN, *FOUND_OUT))
+        if name not in OF_ONE_RUN and is_users_choice(sources.get(name, BY_DEFAULT))
     }
     return Layer(str(path), chosen, run=str(Path(run)))
 
@@ -329,11 +346,11 @@ def _contradictions(config: Config) -> Iterable[str]:
 
     if training.min_lr > training.learning_rate:
         yield f"{say('min_lr')} is above {say('learning_rate')}; lower it"
-    if training.lr_schedule == "constant" and sources["min_lr"] == FLAGS:
+    if training.lr_schedule == "constant" and config.is_typed("min_lr"):
         yield f"{say('min_lr')} has no meaning with --lr_schedule constant; leave one of them out"
-    if data.val_data and sources["val_split"] == FLAGS and data.val_split > 0:
+    if data.val_data and config.is_typed("val_split") and data.val_split > 0:
         yield f"{say('val_split')} contradicts {say('val_data')}; leave one of them out"
-    if data.vocab_size and data.tokenizer != "bpe" and sources["vocab_size"] == FLAGS:
+    if data.vocab_size and data.tokenizer != "bpe" and config.is_typed("vocab_size"):
         yield f"{say('vocab_size')} only applies to a tokenizer trained here; leave it out with {say('tokenizer')}"
     if data.streaming and not (training.max_steps or training.max_tokens):
         yield f"{say('streaming')} has no end of its own; give --max_steps or --max_tokens"
@@ -345,7 +362,7 @@ def _contradictions(config: Config) -> Iterable[str]:
         yield f"{say('streaming')} is for pretrain and finetune; leave it out"
     if training.optimizer == "sgd":
         for name in ("beta2", "epsilon"):
-            if sources[name] == FLAGS:
+            if config.is_typed(name):
                 yield f"{say(name)} has no meaning with --optimizer sgd; leave it out"
     if training.parallel == "fsdp":
         yield from _contradictions_of_sharding(config, say)

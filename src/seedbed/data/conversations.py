@@ -26,6 +26,15 @@ EXPECTED = (
     "completion (prompt, completion)"
 )
 
+# The column that tells a format.
+TELLING = {
+    "messages": "chat",
+    "conversations": "chat",
+    "instruction": "alpaca",
+    "question": "qa",
+    "prompt": "completion",
+}
+
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
 
@@ -83,7 +92,13 @@ def read_conversations(path: Path, format: str) -> Iterator[str]:
     for where, row in read_rows(path):
         empty = False
         messages = _OF_ROW[format]({column.lower(): value for column, value in row.items()}, where)
-        yield clean_text(to_document(messages), where)
+        try:
+            document = to_document(messages)
+        except TypeError as error:  # Parquet has dates and bytes
+            raise DataError(
+                f"{where}: a message holds what is neither text nor number ({error}); write it as text"
+            ) from None
+        yield clean_text(document, where)
     if empty:
         raise DataError(f"{path} has no rows; expected {EXPECTED}")
 
@@ -93,6 +108,11 @@ def detect_format(path: Path, text_column: str = "text") -> str:
 
     Raises DataError for a table without rows or with columns of no format.
     """
+    if path.suffix.lower() in (".csv", ".tsv"):
+        raise DataError(
+            f"{path} is a table, and tables are read from {', '.join(TABLE_SUFFIXES)}; write its rows as JSON, a line "
+            "each, or learn it as the text that it is with --format text"
+        )
     if path.suffix.lower() not in TABLE_SUFFIXES:
         return "qa" if _has_labels(path) else "text"
     first = next(read_rows(path), None)
@@ -101,17 +121,11 @@ def detect_format(path: Path, text_column: str = "text") -> str:
     where, row = first
     if path.suffix.lower() == ".parquet":
         where = str(path)  # whose rows all have the same columns
-    if text_column in row:
-        return "text"
     columns = {column.lower() for column in row}
-    telling = {
-        "messages": "chat",
-        "conversations": "chat",
-        "instruction": "alpaca",
-        "question": "qa",
-        "prompt": "completion",
-    }
-    for column, format in telling.items():
+    # A `text` beside all of an instruction's columns is the same in one string, as Stanford's Alpaca has it.
+    if text_column in row and not (text_column == "text" and {"instruction", "output"} <= columns):
+        return "text"
+    for column, format in TELLING.items():
         if column in columns:
             return format
     raise DataError(
@@ -126,9 +140,13 @@ def _alpaca(row: Row, where: str) -> list[Message]:
     question: Message = {"role": "user", "content": instruction}
     if more.strip():
         question = {"role": "user", "content": f"{instruction}\n\n{more}", "instruction": instruction, "input": more}
+    return [*_opening(row, where), question, {"role": "assistant", "content": answer}]
+
+
+def _opening(row: Row, where: str) -> list[Message]:
+    """What a column beside the turns tells the model to be."""
     system = _text(row, "system", where) if row.get("system") is not None else ""
-    opening: list[Message] = [{"role": "system", "content": system}] if system.strip() else []
-    return [*opening, question, {"role": "assistant", "content": answer}]
+    return [{"role": "system", "content": system}] if system.strip() else []
 
 
 def _qa(row: Row, where: str) -> list[Message]:
@@ -147,7 +165,7 @@ def _chat(row: Row, where: str) -> list[Message]:
     messages = [_message(turn, f"{where}, message {number}") for number, turn in enumerate(turns, start=1)]
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{where} has no message of the assistant, so there is nothing to learn; remove it")
-    return messages
+    return messages if messages[0]["role"] == "system" else [*_opening(row, where), *messages]
 
 
 def _message(turn: Any, where: str) -> Message:

@@ -72,6 +72,7 @@ class PackedRows:
         self.max_seq_len = max_seq_len
         lengths = np.diff(store.offsets)[self._documents]
         self.num_targets = int(lengths.sum())
+        self.target_bytes = int(store.target_bytes[self._documents].sum())
         if self.num_targets == 0:
             raise DataError("there are no documents to make rows of; give --data more text")
         if shuffle and self.num_targets < max_seq_len:
@@ -139,6 +140,9 @@ class WholeRows:
         targets = _targets_within(store, documents, max_seq_len)  # (documents,)
         self.num_targets = int(targets.sum())
         self.untrained_documents = int((targets == 0).sum())
+        whole = np.maximum(1, _targets_within(store, documents, int(np.diff(store.offsets).max())))
+        # Of a document that is cut, the bytes that its share of the targets stands for.
+        self.target_bytes = max(1, round((store.target_bytes[documents] * (targets / whole)).sum()))
         lengths = np.diff(store.offsets)[documents]
         self.longest = int(lengths.max())
         self.truncated_documents = int((lengths > max_seq_len).sum())

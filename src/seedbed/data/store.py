@@ -319,7 +319,7 @@ def _conversations(source: Source, reading: Reading) -> Generator[_Batch]:
             else:
                 start = first
             raw = document.encode()
-            learnt = [m["content"] for m in messages if learn_all or m["role"] == "assistant"]
+            learnt = [message["content"] for message in messages] if learn_all else example.answers
             batch.ids.extend(ids)
             batch.mask += mask
             batch.lengths.append(len(ids))

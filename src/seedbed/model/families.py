@@ -326,7 +326,10 @@ class _Reader:
             if keys.get("partial_rotary_factor") not in (None, 1, 1.0):
                 self.problems.append(f"partial_rotary_factor {keys['partial_rotary_factor']}: supported is 1.0")
         theta = next((keys["rope_theta"] for keys in places if keys.get("rope_theta")), 10000.0)
-        return _Reader({"rope_theta": theta}).number("rope_theta", 10000.0)
+        read = _Reader({"rope_theta": theta})
+        value = read.number("rope_theta")
+        self.problems += read.problems
+        return value
 
     def rope_scaling(self) -> RopeScaling | None:
         """From `rope_parameters` (transformers 5), or `rope_scaling` (4.x)."""
@@ -354,9 +357,12 @@ class _Reader:
         if family == "llama":
             return
         window = self.raw.get("sliding_window", 4096)  # what transformers takes when the file is silent
+        if window is not None:
+            window = self.size("sliding_window", 4096)
+        kinds = self.raw.get("layer_types") or ["sliding_attention"]
         used = family == "mistral" or (
             self.flag("use_sliding_window", False)
-            and "sliding_attention" in (self.raw.get("layer_types") or ["sliding_attention"])
+            and (not isinstance(kinds, list) or "sliding_attention" in kinds)
             and ("layer_types" in self.raw or self.size("max_window_layers", 28) < num_layers)
         )
         if used and window is not None and window < max_seq_len:

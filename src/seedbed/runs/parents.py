@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from seedbed.config import BY_DEFAULT
 from seedbed.errors import ConfigError
 from seedbed.runs.info import RunInfo, is_run, read_run, run_of
 
@@ -16,8 +17,6 @@ BOOKKEEPING = frozenset(
     }
 )
 """Options that change no figure of a run, only what is written and where."""
-NOT_CHOSEN = ("default", "regime")
-"""How the sources of values begin that nobody chose."""
 
 
 def parent_run(run: RunInfo) -> RunInfo | None:
@@ -74,7 +73,8 @@ def changed_options(run: RunInfo) -> dict[str, tuple[Any, Any]]:
 
 def is_chosen(run: RunInfo, name: str) -> bool:
     """Whether an option of the run is not as it is by default in its regime."""
-    return not str(run.sources.get(name, "default")).startswith(NOT_CHOSEN)
+    source = str(run.sources.get(name, BY_DEFAULT))
+    return source != BY_DEFAULT and not source.startswith("regime ")
 
 
 def chosen_options(run: RunInfo) -> dict[str, tuple[Any, str]]:

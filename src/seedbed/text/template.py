@@ -67,6 +67,9 @@ class Example:
     ends: bool
     """Whether every answer ends with a special token that is a target; a model without one never stops by itself."""
 
+    answers: list[str]
+    """What the assistant says: contents, and where a message has more to it all that the template writes of it."""
+
 
 def find_template(tokenizer: Tokenizer, choice: str | None, format: str) -> Template:
     """The template to read conversations of a format with.
@@ -110,7 +113,7 @@ class Template:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the source and of the tokens it writes by name, in hexadecimal."""
-        facts = ["template 1", self.source, self._tokenizer.special_tokens_map]
+        facts = ["template 2", self.source, self._tokenizer.special_tokens_map]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -118,6 +121,17 @@ class Template:
         """Special tokens that the template needs and the tokenizer lacks; add them with `Tokenizer.with_tokens`."""
         needed = CHATML_TOKENS if self.name == "chatml" else ()
         return tuple(token for token in needed if token not in self._tokenizer.special_tokens)
+
+    @cached_property
+    def end_id(self) -> int | None:
+        """The special token that ends an answer, where one does: there a model that learns it has to stop."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            example = self.example(turns)
+        except DataError:  # it wants more of a conversation
+            return None
+        learnt = [token for token, trained in zip(example.token_ids, example.trained, strict=True) if trained]
+        return learnt[-1] if learnt and example.ends else None
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The conversation as text, with `add_generation_prompt` up to where the next answer begins.
@@ -157,7 +171,12 @@ class Template:
         trained = [True] * len(ids) if train_on_prompt else _overlapping(learnt, offsets, special)
         if open_end:
             ids, trained = [*ids, self._tokenizer.eos_id], [*trained, True]
-        return Example(ids, trained, ends)
+        spans = answers or [(0, 0)] * len(messages)
+        said = [
+            text[begin:end] if any(message.get(key) for key in BESIDE_CONTENT) else message["content"]
+            for message, (begin, end) in zip(_answering(messages), spans, strict=False)
+        ]
+        return Example(ids, trained, ends, said)
 
     def _render(self, messages: Sequence[Message], prompt: bool = False, generation: tuple[str, str] = ("", "")) -> str:
         variables = {
@@ -275,8 +294,12 @@ class Template:
                 spans.append((len(before), ends[len(spans)]))
             else:
                 self._refuse_to_guess(messages)
-            if message["content"].strip() and spans[-1][0] == spans[-1][1]:  # it prints no answer at all
-                self._refuse_to_guess(messages)
+            said = [key for key in ("content", *BESIDE_CONTENT) if str(message.get(key) or "").strip()]
+            if said and spans[-1][0] == spans[-1][1]:
+                raise DataError(
+                    f"chat template {self.name} prints nothing of the {' and '.join(said)} of an answer in "
+                    f"{_describe(messages)}; choose a --chat_template that does, or leave such rows out"
+                )
         return spans
 
     def _refuse_to_guess(self, messages: Sequence[Message]) -> NoReturn:

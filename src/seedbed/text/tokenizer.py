@@ -167,7 +167,7 @@ class Tokenizer:
         self.eos_id: int = eos_id
         self.bos_id: int | None = None if bos_token is None else backend.token_to_id(bos_token)
         self.stop_ids: frozenset[int] = frozenset([eos_id, *stop_ids])
-        """Every token at which the model's makers end a text: eos and those of generation_config.json."""
+        """Every token at which the model ends what it writes: eos, and those of generation_config.json."""
 
     @property
     def end_ids(self) -> int | list[int]:
@@ -216,22 +216,28 @@ class Tokenizer:
             template = named.get("default")
         return template if isinstance(template, str) else None
 
-    def with_tokens(self, tokens: Sequence[str], eos_token: str | None = None) -> Tokenizer:
-        """The same tokenizer with these special tokens as well; new ids follow the last, known tokens keep theirs.
+    def with_tokens(self, tokens: Sequence[str], eos_token: str | None = None, *, special: bool = True) -> Tokenizer:
+        """The same tokenizer with these tokens as well; new ids follow the last, known tokens keep theirs.
 
         eos_token: which token ends a text from now on; it must be known or among `tokens`.
+        special: only a template writes them; otherwise they are found in every text.
         """
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        backend.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
+        added = [AddedToken(token, normalized=False, special=special) for token in tokens]
+        backend.add_special_tokens(added) if special else backend.add_tokens(added)
         eos_token = eos_token or self.eos_token
         files = dict(self._files)
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             if name in files:
                 settings = self._saved(name) | {"eos_token": eos_token}
                 if "added_tokens_decoder" in settings:
-                    settings["added_tokens_decoder"] |= _added_tokens(backend, tokens)
+                    settings["added_tokens_decoder"] |= _added_tokens(backend, tokens, special)
                 files[name] = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         return Tokenizer(backend, eos_token, self.bos_token, files, self.stop_ids)
+
+    def with_stop(self, token_id: int) -> Tokenizer:
+        """The same tokenizer, for a model that also ends what it writes with this token."""
+        return Tokenizer(self._backend, self.eos_token, self.bos_token, self._files, {*self.stop_ids, token_id})
 
     def with_chat_template(self, source: str) -> Tokenizer:
         """The same tokenizer, which is saved with this chat template in place of its own."""
@@ -541,9 +547,9 @@ def _eos_ids(settings: dict[str, Any]) -> list[int]:
     return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and i >= 0]
 
 
-def _added_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _added_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str], special: bool) -> dict[str, dict[str, Any]]:
     """These tokens as `added_tokens_decoder` of tokenizer_config.json lists them."""
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": special}
     return {str(backend.token_to_id(token)): {"content": token, **flags} for token in tokens}
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from seedbed import distributed
-from seedbed.config import TRAINED_HERE, DataOptions, TextOptions, TrainingOptions
+from seedbed.config import TRAINED_HERE, DataOptions, TextOptions, TrainingOptions, read_section
 from seedbed.data import PackedRows, Reading, Source, Store, WholeRows, from_texts, held_out, open_source, open_store
 from seedbed.data.augment import augmented
 from seedbed.data.conversations import from_document, split_key
@@ -171,11 +172,26 @@ def open_texts(options: TextOptions) -> Texts:
 
 def open_training_texts(options: DataOptions) -> Texts:
     """As `open_texts`; of a text that is streamed the first shard, which stands for all before training begins."""
-    if not options.streaming or options.data is None:
-        return open_texts(options)
+    return open_texts(_of_first_shard(options) if options.streaming else options)
+
+
+def open_run_texts(values: Mapping[str, Any], run: str) -> Texts:
+    """The texts of a run with these options, as it divided them.
+
+    Raises:
+        ConfigError, DataError: its text is not there any more, or is another kind of text.
+    """
+    known = {name: values[name] for name in TextOptions.model_fields if name in values}
+    options = read_section(TextOptions, known, run)
+    return open_texts(_of_first_shard(options) if values.get("streaming") else options)
+
+
+def _of_first_shard(options: TextOptions) -> TextOptions:
+    if options.data is None:
+        return options
     with distributed.one_a_node_first():
         first = bring(find_shards(options.data)[0], cache_folder() / STREAMING)
-    return open_texts(options.model_copy(update={"data": str(first)}))
+    return options.model_copy(update={"data": str(first)})
 
 
 def require_a_row(texts: Texts, max_seq_len: int) -> None:
@@ -241,7 +257,7 @@ def tokenize(
     elif texts.val_split > 0:
         mask = held_out(store.digests, store.num_bytes, texts.val_split)
         val_documents, documents = everything[mask], everything[~mask]
-    rows = _rows(store, documents, options, seed, shuffle=True)
+    rows: Rows = _rows(store, documents, options, seed, shuffle=True)
     if options.streaming:
         rows = _stream(texts.train, rows, reading, options, training)
     validation = None
@@ -293,7 +309,7 @@ def validation_rows(
     """Rows of a store's documents, or some of them, to measure on."""
     documents = np.arange(store.num_documents) if documents is None else documents
     rows = _rows(store, documents, options, seed, shuffle=False)
-    return Validation(rows, len(documents), int(store.target_bytes[documents].sum()))
+    return Validation(rows, len(documents), rows.target_bytes)
 
 
 def store_documents(documents: list[str], format: str, reading: Reading, name: str, display: Display) -> Store:
@@ -301,7 +317,9 @@ def store_documents(documents: list[str], format: str, reading: Reading, name: s
     return _store(replace(from_texts(documents, name), format=format), reading, display)
 
 
-def _rows(store: Store, documents: NDArray[np.int64], options: DataOptions, seed: int, *, shuffle: bool) -> Rows:
+def _rows(
+    store: Store, documents: NDArray[np.int64], options: DataOptions, seed: int, *, shuffle: bool
+) -> PackedRows | WholeRows:
     """Texts are packed end to end; conversations, and texts without packing, stay whole."""
     if options.packing and store.mask is None:
         return PackedRows(store, documents, options.max_seq_len, seed, shuffle=shuffle)

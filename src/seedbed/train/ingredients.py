@@ -7,7 +7,7 @@ from pathlib import Path
 
 from seedbed import distributed
 from seedbed.checkpoint import require_space
-from seedbed.config import FLAGS, Config
+from seedbed.config import Config
 from seedbed.data.rows import Rows
 from seedbed.errors import ConfigError
 from seedbed.model.decoder import Decoder
@@ -47,7 +47,7 @@ def template_for(config: Config, texts: Texts, tokenizer: Tokenizer) -> Template
         ConfigError: a flag that is for conversations, with plain texts; or no such template.
     """
     if not texts.are_conversations:
-        given = [name for name in ("chat_template", "train_on_prompt") if config.sources[name] == FLAGS]
+        given = [name for name in ("chat_template", "train_on_prompt") if config.is_typed(name)]
         if given:
             why = f"is for conversations, and {texts.train.name} is plain text; leave it out, or give --format"
             raise ConfigError([f"--{name} {why}" for name in given])
@@ -56,16 +56,19 @@ def template_for(config: Config, texts: Texts, tokenizer: Tokenizer) -> Template
 
 
 def with_template(tokenizer: Tokenizer, template: Template | None, more: tuple[str, ...] = ()) -> Tokenizer:
-    """The tokenizer with the special tokens that are missing and the template, so that a checkpoint carries both."""
-    needed = template.new_tokens if template else ()
-    new = [token for token in dict.fromkeys((*needed, *more)) if token not in tokenizer.special_tokens]
-    if new:
-        # An answer ends with the template's own end token, and that is where generation has to stop.
+    """The tokenizer with the tokens that are missing and the template, so that a checkpoint carries both."""
+    if template is not None and (needed := template.new_tokens):
         ends = CHATML_TOKENS[-1] if CHATML_TOKENS[-1] in needed else None
-        tokenizer = tokenizer.with_tokens(new, eos_token=ends)
-    if template is not None and template.source != tokenizer.chat_template:
+        tokenizer = tokenizer.with_tokens(needed, eos_token=ends)
+    if new := [token for token in dict.fromkeys(more) if token not in tokenizer.special_tokens]:
+        tokenizer = tokenizer.with_tokens(new, special=False)
+    if template is None:
+        return tokenizer
+    if template.source != tokenizer.chat_template:
         tokenizer = tokenizer.with_chat_template(template.source)
-    return tokenizer
+    # Whatever token ends a document: an answer ends with the template's own, and there generation has to stop.
+    end = Template(tokenizer, template.name, template.source).end_id
+    return tokenizer if end is None else tokenizer.with_stop(end)
 
 
 def require_room(run: Path, parameters: int, trained: int, *, adapter: bool) -> None:

@@ -37,6 +37,7 @@ class Validation:
     rows: Rows
     num_documents: int
     num_bytes: int
+    """Of what the targets stand for."""
 
     def bits_per_byte(self, loss: float) -> float:
         """`loss` (nats per target) as bits per byte of the text, which compares across tokenizers."""

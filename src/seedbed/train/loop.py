@@ -103,6 +103,7 @@ class Loop:
         self.look_at_records()
         self.of_others = {"judge": None, "notes": "", **others_entries(job.run.path)}
         self.live = LiveDiagnosis()
+        self.forget_lost_best()
         self.count_epochs()
 
     def run(self, request: StopRequest) -> str:
@@ -145,6 +146,12 @@ class Loop:
         """Losses and gradient norms of the steps so far."""
         series = read_series(self.job.run.path)
         return [series.get(name, NOTHING).values.tolist() for name in ("train_loss", "grad_norm")]
+
+    def forget_lost_best(self) -> None:
+        """A run that begins with a checkpoint of another run has no best weights of its own yet."""
+        state, best = self.state, self.job.run.checkpoints / "best"
+        if state.best_step and not distributed.on_first(best.exists):
+            state.best_val_loss, state.best_step, state.epochs_without_improvement = None, 0, 0
 
     def count_epochs(self) -> None:
         """A run that goes on from a checkpoint with other batches is elsewhere in its epochs."""

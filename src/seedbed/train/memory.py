@@ -21,7 +21,7 @@ import numpy as np
 
 from seedbed.adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from seedbed.checkpoint import MANIFEST
-from seedbed.config import Config, TextOptions, read_section
+from seedbed.config import Config, TextOptions
 from seedbed.data import Source
 from seedbed.data.conversations import from_document
 from seedbed.data.overlap import NAME as OVERLAP
@@ -43,7 +43,7 @@ from seedbed.runs.history import (
     write_documents,
     write_history,
 )
-from seedbed.train.corpus import Texts, open_texts
+from seedbed.train.corpus import Texts, open_run_texts, open_texts
 from seedbed.train.finetune import base_folder
 from seedbed.train.progress import Display
 
@@ -290,12 +290,11 @@ def _with_general_text(config: Config, base: Stage, folder: Path, display: Displ
             raise DataError(str(error).replace("--data ", "--general_data ")) from None
     run = run_of(Path(base.model))
     values = trained_with(Path(base.model))
-    known = {name: values[name] for name in TextOptions.model_fields if name in values}
-    if not run or not known:
+    if not run or not values.get("data"):
         return base
     try:
-        texts = open_texts(read_section(TextOptions, known, str(run)))
-        return _keep_texts(folder, replace(base, data=known["data"], format=texts.train.format), texts, reserve_mb)
+        texts = open_run_texts(values, str(run))
+        return _keep_texts(folder, replace(base, data=values["data"], format=texts.train.format), texts, reserve_mb)
     except SeedbedError as error:
         display.line(f"Note: the text that {run} learnt from cannot be read now ({error})")
         return base

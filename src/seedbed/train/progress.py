@@ -136,10 +136,12 @@ class Display:
     def watch_validation(self, batches: Iterable[T], num_rows: int) -> Iterator[T]:
         """Pass `batches` of rows on, with a bar while they last."""
         task = self._bar.add_task("Validating", total=num_rows, figures="rows")
-        for batch in batches:
-            yield batch
-            self._bar.advance(task, len(batch.input_ids))  # type: ignore[attr-defined]
-        self._bar.remove_task(task)
+        try:
+            for batch in batches:
+                yield batch
+                self._bar.advance(task, len(batch.input_ids))  # type: ignore[attr-defined]
+        finally:  # also where nobody asks for the rest
+            self._bar.remove_task(task)
 
     def sample(self, step: int, text: str) -> None:
         shown = f"Step {step} writes: {' '.join(text.split())}"

@@ -189,6 +189,8 @@ def _adopt(config: Config, path: Path, free: frozenset[str]) -> Config:
             "Leave them out to go on with it, or choose another --output for a new run"
         )
     own = {"resume", "resume_from", "output", "stop_at_step", *given}
+    if given & {"warmup_steps", "warmup_ratio"}:
+        own |= {"warmup_steps", "warmup_ratio"}  # one stands for the other
     return config.adopt({name: saved[name] for name in now if name in saved and name not in own}, sources)
 
 

@@ -70,6 +70,7 @@ def test_evaluate_on_a_text_and_on_what_the_run_held_out(
         "bytes",
         "max_seq_len",
         "stride",
+        "cut",
         "model",
         "data",
     }

@@ -152,7 +152,9 @@ def test_a_text_of_questions_with_a_mistake_says_where(tmp_path: Path, text: str
         ("a.txt", "QUESTION: only questions\nQUESTION: here", "text"),
         ("a.txt", "What: QUESTION: a\nANSWER: b", "text"),
         ("a.md", "\n\nQuestion: a\nAnswer: b", "qa"),
-        ("a.jsonl", '{"text": "a", "instruction": "b", "output": "c"}', "text"),
+        ("a.jsonl", '{"text": "a", "instruction": "b", "output": "c"}', "alpaca"),
+        ("a.jsonl", '{"text": "a", "instruction": "b"}', "text"),
+        ("a.jsonl", '{"text": "a", "prompt": "b", "completion": "c"}', "text"),
         ("a.json", '[{"instruction": "b", "output": "c"}]', "alpaca"),
     ],
 )

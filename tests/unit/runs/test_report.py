@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import yaml
 
-from seedbed.config.resolve import FOUND_OUT, NOT_CHOSEN
 from seedbed.errors import ConfigError, StorageError
 from seedbed.runs.info import read_run
 from seedbed.runs.report import page, write_report
@@ -175,7 +174,6 @@ def test_options_the_user_chose_come_first(run: Path) -> None:
     options = page.options(read_run(run))
     assert options["chosen"] == [("data", "book.txt", "the command line")]
     assert ("learning_rate", "0.001", "preset tiny") in options["rest"]
-    assert {*NOT_CHOSEN, *FOUND_OUT} == set(page.NOT_CHOSEN)
 
 
 def test_many_samples_are_thinned_and_the_last_kept(tmp_path: Path) -> None:

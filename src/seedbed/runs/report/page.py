@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from seedbed.config.resolve import FOUND_OUT
-from seedbed.config.resolve import NOT_CHOSEN as BY_DEFAULT
+from seedbed.config import is_users_choice
 from seedbed.findings import Finding
 from seedbed.runs.folder import read_records
 from seedbed.runs.info import RunInfo
@@ -32,8 +31,6 @@ REGIMES = {
     "continue": "Learning a further domain",
     "continue-lora": "Learning a further domain with LoRA",
 }
-NOT_CHOSEN = (*BY_DEFAULT, *FOUND_OUT)
-"""How the sources of values begin that the user did not choose."""
 ENDED_WELL = ("done", "early_stopped")
 ENDED_BADLY = ("diverged", "failed", "not begun", "unreadable")
 
@@ -193,7 +190,7 @@ def options(run: RunInfo) -> dict[str, list[Row]]:
     parts: dict[str, list[Row]] = {"chosen": [], "rest": []}
     for name, value in run.options.items():
         source = str(run.sources.get(name, "default"))
-        part = "rest" if source.startswith(NOT_CHOSEN) else "chosen"
+        part = "chosen" if is_users_choice(source) else "rest"
         parts[part].append((name, show(value), source))
     return parts
 
