@@ -40,7 +40,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'seedbed' has no attribute {name!r}")
+if not TYPE_CHECKING:  # which would take any name for one
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        raise AttributeError(f"module 'seedbed' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,19 +10,21 @@ print(model.evaluate("held_out.txt").bits_per_byte)
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Self, overload
+from typing import Any, Final, Literal, Self, overload
 
+import torch
 from rich.console import Console
 
 from seedbed.checkpoint import find_model, load_model
 from seedbed.config import CALL, Layer, SamplingOptions, read_config_file, read_run_options, read_section, resolve
 from seedbed.data import open_whole
 from seedbed.device import Precision, autocast, pick_precision
-from seedbed.errors import ConfigError
+from seedbed.errors import ConfigError, did_you_mean
 from seedbed.evaluate import Evaluation, evaluate
 from seedbed.generate import generate
 from seedbed.model.decoder import Decoder
@@ -30,6 +32,10 @@ from seedbed.model.decoding import DecodingModel
 from seedbed.text.template import find_template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.run import run_training
+
+METHODS: Final = ("pretrain", "finetune", "continue")
+
+_ONE_AT_A_TIME = threading.RLock()  # a model keeps what it writes; and threads would share the cores anyway
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Run:
 class LanguageModel:
     """A model with its tokenizer, from any checkpoint, run or transformers folder. Made by `load`.
 
-    It writes with the weights of its first call; after changing those of `decoder`, take `dataclasses.replace(model)`.
+    Threads may share it: one at a time writes or evaluates.
     """
 
     path: Path
@@ -87,26 +93,42 @@ class LanguageModel:
         if self.tokenizer.chat_template is None:
             raise ConfigError(f"{self.path} has no chat template, so it was not taught to answer; use generate()")
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+        if not messages or not all(
+            isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages
+        ):
+            raise ConfigError("chat: expected a question, or a list of messages with `role` and `content`")
         prompt = find_template(self.tokenizer, None, "chat").prompt_ids(messages)
         return self._write([prompt], options)[0]
 
     def _write(self, prompts: Sequence[str | Sequence[int]], options: dict[str, Any]) -> list[str]:
         sampling = read_section(SamplingOptions, options, CALL)
-        completions = generate(self.decoder, self.tokenizer, prompts, sampling, decoding=self._decoding)
+        with _ONE_AT_A_TIME:
+            completions = generate(self.decoder, self.tokenizer, prompts, sampling, decoding=self._decoding())
         return [completion.text for completion in completions]
 
-    @cached_property
     def _decoding(self) -> DecodingModel:
-        with autocast(self.decoder.embed_tokens.weight.device, self.precision):
-            return DecodingModel(self.decoder)
+        """The model as it writes, made anew when a weight has changed."""
+        weights = [(id(parameter), parameter._version) for parameter in self.decoder.parameters()]
+        kept: tuple[Any, DecodingModel] | None = vars(self).get("_kept")
+        if kept is None or kept[0] != weights:
+            with autocast(self.decoder.embed_tokens.weight.device, self.precision):
+                kept = vars(self)["_kept"] = (weights, DecodingModel(self.decoder))
+        return kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_kept"}
 
     def evaluate(
         self,
-        data: str,
+        data: str | Path,
         *,
         max_seq_len: int | None = None,
         stride: int | None = None,
         document: str | None = None,
+        text_column: str = "text",
+        format: str = "auto",
+        chat_template: str | None = None,
+        batch_size: int = 8,
         precision: Precision | Literal["auto"] = "fp32",
     ) -> Evaluation:
         """How well the model predicts a text, or the answers of conversations: its loss and perplexities.
@@ -116,19 +138,24 @@ class LanguageModel:
             max_seq_len: tokens predicted in one window; by default what the model allows, at most 1024.
             stride: tokens between windows; smaller gives each token more context and takes longer.
             document: what separates documents, as `--document` has it; by default a file is one.
+            text_column: of tables, the column that holds the text.
+            format: of conversations; `auto` looks.
+            chat_template: for conversations; by default the tokenizer's own, else the format's.
+            batch_size: windows predicted at once.
             precision: of the matrix products.
         """
-        source = open_whole(data, document=document)
-        length = max_seq_len or min(1024, self.decoder.config.max_seq_len)
-        template = None if source.format == "text" else find_template(self.tokenizer, None, source.format)
+        source = open_whole(str(data), document=document, text_column=text_column, format=format)
+        length = min(1024, self.decoder.config.max_seq_len) if max_seq_len is None else max_seq_len
+        template = None if source.format == "text" else find_template(self.tokenizer, chat_template, source.format)
         device = self.decoder.embed_tokens.weight.device
-        with autocast(device, pick_precision(precision, device)):
+        with _ONE_AT_A_TIME, autocast(device, pick_precision(precision, device)):
             return evaluate(
                 self.decoder,
                 self.tokenizer,
                 source.documents(),
                 max_seq_len=length,
                 stride=stride,
+                batch_size=batch_size,
                 template=template,
             )
 
@@ -142,7 +169,9 @@ class Trainer:
     print(trainer.generate("Once upon a time", temperature=0.7))
     """
 
-    def __init__(self, method: Literal["pretrain", "finetune", "continue"] = "pretrain", **options: Any) -> None:
+    def __init__(self, method: Literal["pretrain", "finetune", "continue"] = "pretrain", /, **options: Any) -> None:
+        if method not in METHODS:
+            raise ConfigError(f"{method}: expected {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
         self.method = method
         self.options = options
         self.run: Run | None = None
@@ -152,7 +181,8 @@ class Trainer:
         """Train to the end, or go on where an interrupted run stopped; loads the best weights."""
         methods = {"pretrain": pretrain, "finetune": finetune, "continue": continue_training}
         self.run = methods[self.method](**self.options)
-        self.model = self.run.load()
+        if self.run.metrics["steps"]:  # else it was stopped before there was anything to load
+            self.model = self.run.load()
         return self.run
 
     def load_model(self, path: str | Path) -> Self:
@@ -160,7 +190,7 @@ class Trainer:
         self.model = load(path)
         return self
 
-    def evaluate(self, data: str, **options: Any) -> Evaluation:
+    def evaluate(self, data: str | Path, **options: Any) -> Evaluation:
         """See `LanguageModel.evaluate`."""
         return self._loaded().evaluate(data, **options)
 
@@ -174,7 +204,9 @@ class Trainer:
         return self.model
 
 
-def pretrain(*, from_run: str | None = None, config: str | None = None, quiet: bool = False, **options: Any) -> Run:
+def pretrain(
+    *, from_run: str | Path | None = None, config: str | Path | None = None, quiet: bool = False, **options: Any
+) -> Run:
     """Train a model from scratch; options and their defaults as `seedbed pretrain` has them.
 
     Args:
@@ -188,7 +220,9 @@ def pretrain(*, from_run: str | None = None, config: str | None = None, quiet: b
     return _run("scratch", from_run, config, quiet, options)
 
 
-def finetune(*, from_run: str | None = None, config: str | None = None, quiet: bool = False, **options: Any) -> Run:
+def finetune(
+    *, from_run: str | Path | None = None, config: str | Path | None = None, quiet: bool = False, **options: Any
+) -> Run:
     """Fine-tune a pretrained model; options and their defaults as `seedbed finetune` has them.
 
     Args:
@@ -203,7 +237,7 @@ def finetune(*, from_run: str | None = None, config: str | None = None, quiet: b
 
 
 def continue_training(
-    *, from_run: str | None = None, config: str | None = None, quiet: bool = False, **options: Any
+    *, from_run: str | Path | None = None, config: str | Path | None = None, quiet: bool = False, **options: Any
 ) -> Run:
     """Add a domain to a model and hold what it knew; options and their defaults as `seedbed continue` has them.
 
@@ -218,10 +252,20 @@ def continue_training(
     return _run("continue", from_run, config, quiet, options)
 
 
-def _run(regime: str, from_run: str | None, config: str | None, quiet: bool, options: dict[str, Any]) -> Run:
-    layers = [read_run_options(regime, from_run)] if from_run else []
-    layers += [read_config_file(config)] if config else []
-    outcome = run_training(resolve(regime, [*layers, Layer(CALL, options)]), Console(quiet=quiet))
+def _run(
+    regime: str, from_run: str | Path | None, config: str | Path | None, quiet: bool, options: dict[str, Any]
+) -> Run:
+    layers = [read_run_options(regime, str(from_run))] if from_run else []
+    layers += [read_config_file(str(config))] if config else []
+    given = {
+        name: str(value) if isinstance(value, PathLike | torch.device) else value for name, value in options.items()
+    }
+    resolved = resolve(regime, [*layers, Layer(CALL, given)])
+    if resolved.keeping.rollback_to and resolved.data.data is None and not resolved.watching.resume_from:
+        raise ConfigError("data is missing; to copy a model as it was, use `seedbed continue --rollback_to`")
+    # The caller's random numbers go on as if nothing had happened, and gradients are made wherever this is called.
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(mode=False), torch.enable_grad():
+        outcome = run_training(resolved, Console(quiet=quiet, force_jupyter=False))
     return Run(outcome.path, outcome.summary["status"], outcome.exit_code, outcome.summary)
 
 

@@ -159,10 +159,10 @@ def find_model(path: str | Path) -> Path:
         ConfigError: there is no such folder.
         CheckpointError: a run without a checkpoint, or a folder without a model.
     """
-    folder = Path(path)
-    if is_model_folder(folder):
+    folder = Path(os.path.expanduser(path))  # noqa: PTH111 (which leaves the name of an unknown user as it is)
+    if str(path) and is_model_folder(folder):
         return folder
-    if not folder.is_dir():
+    if not str(path) or not folder.is_dir():
         raise ConfigError(f"--model {path}: no such folder; expected a model folder, a checkpoint or a run")
     checkpoints = folder / "checkpoints"
     for name in ("best", "final"):

@@ -45,9 +45,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> Precision:
-    """`name`, or for `auto` bf16 where matrix products are faster in it, else fp32."""
-    if name != "auto":
+    """`name`, or for `auto` bf16 where matrix products are faster in it, else fp32.
+
+    Raises:
+        ConfigError: no such precision.
+    """
+    if name in ("bf16", "fp16", "fp32"):
         return name  # type: ignore[return-value]
+    if name != "auto":
+        raise ConfigError(f"--precision {name}: expected auto, bf16, fp16 or fp32")
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if device.type == "cpu" and _cpu_accelerates_bf16() else "fp32"

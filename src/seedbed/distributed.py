@@ -457,9 +457,4 @@ def _raised(description: dict[str, Any]) -> Exception:
     if of_python := {"MemoryError": MemoryError, "OSError": OSError}.get(description["type"]):
         return of_python(description["message"])
     kind = getattr(errors, description["type"])
-    error: SeedbedError = kind.__new__(kind)
-    error.args = (description["message"],)
-    error.told = True
-    if isinstance(error, ConfigError):
-        error.problems = description["message"].splitlines()
-    return error
+    return errors.restored(kind, message := description["message"], {"told": True, "problems": message.splitlines()})

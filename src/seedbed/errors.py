@@ -17,8 +17,9 @@ A message names what, where, what was expected, and the remedy. Mistakes of ours
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 
 class SeedbedError(Exception):
@@ -27,6 +28,16 @@ class SeedbedError(Exception):
     exit_code = 1
     told: bool | None = None
     """Whether another process that trains with this one shows it; None where each of them comes upon it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restored, (type(self), str(self), vars(self))  # as it is, whatever its `__init__` makes of arguments
+
+
+def restored(kind: type[SeedbedError], message: str, values: Mapping[str, Any]) -> SeedbedError:
+    """An error that came from another process."""
+    error = kind.__new__(kind, message)
+    vars(error).update(values)
+    return error
 
 
 class ConfigError(SeedbedError):

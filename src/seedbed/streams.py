@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
@@ -13,8 +14,12 @@ from typing import Any, TextIO, cast
 def outlasting_readers() -> Iterator[None]:
     """Inside, what is printed goes nowhere once its reader is gone: a pipe's other end, a terminal, room on a disk.
 
-    A run is not to end because `| tee log` got the same Ctrl-C, or because a connection was cut.
+    A run is not to end because `| tee log` got the same Ctrl-C, or because a connection was cut. The streams are those
+    of the whole program, so a run in a thread leaves them as they are.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     with contextlib.redirect_stdout(_lasting(sys.stdout)), contextlib.redirect_stderr(_lasting(sys.stderr)):
         yield
 

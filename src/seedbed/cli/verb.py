@@ -42,7 +42,7 @@ def unknown_flags(ctx: click.Context) -> list[str]:
     """
     unknown = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in ctx.args if word.startswith("-")]
     if ctx.args and not unknown:
-        raise ConfigError(f"unexpected argument {ctx.args[0]!r}; values follow a flag, such as --data {ctx.args[0]}")
+        raise ConfigError(f"unexpected argument {ctx.args[0]!r}; values follow a flag (see --help)")
     return unknown
 
 

@@ -28,9 +28,16 @@ def _above_zero(temperature: float) -> float:
     return temperature
 
 
+def _one_or_more(value: Any) -> Any:
+    """A word alone may stand for a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
 Arch = Literal["gpt2", "llama", "qwen2", "qwen3"]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+Name = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -43,10 +50,10 @@ class Section(BaseModel):
 class TextOptions(Section):
     """Data"""
 
-    data: str | None = Field(
+    data: Name | None = Field(
         None, description="Text to learn: a file, folder, glob, .jsonl, .parquet, or a name from `data list`."
     )
-    val_data: str | None = Field(None, description="Held-out text; otherwise --val_split of --data.")
+    val_data: Name | None = Field(None, description="Held-out text; otherwise --val_split of --data.")
     val_split: Share = Field(0.1, description="Share of the documents held out, when --val_data is not given.")
     format: Literal["auto", "text", "alpaca", "qa", "chat", "completion"] = Field(
         "auto",
@@ -127,8 +134,9 @@ class AdaptOptions(Section):
         description="Parts that stay as they are: a comma list of embeddings, attention, mlp, norms, head, or patterns "
         "such as blocks.0.*.",
     )
-    add_tokens: tuple[str, ...] = Field(
-        (), description="A new special token, which begins as the mean of the others; may be given several times."
+    add_tokens: Words = Field(
+        (),
+        description="A new token, found in every text, which begins as the mean of the others; may be given several times.",
     )
     lora: bool | None = Field(
         None, description="Train small adapters beside frozen weights; the other lora flags imply it."
@@ -273,21 +281,21 @@ class WatchOptions(Section):
     async_save: bool = Field(
         False, description="Write checkpoints beside training, from a copy in memory; the last one is waited for."
     )
-    output: str | None = Field(None, description="Run folder; by default runs/ and a name from the data and model.")
+    output: Name | None = Field(None, description="Run folder; by default runs/ and a name from the data and model.")
     stop_at_step: Positive | None = Field(
         None,
         description="Save and stop at this step, exit code 75; the schedule stays that of the whole run, and the same "
         "command without it goes on.",
     )
     resume: bool = Field(True, description="Go on with an unfinished run in the same folder.")
-    resume_from: str | None = Field(None, description="Go on from this checkpoint folder.")
+    resume_from: Name | None = Field(None, description="Go on from this checkpoint folder.")
     tensorboard: bool = Field(True, description="Write TensorBoard files into the run folder.")
     report: bool = Field(True, description="Write report.html into the run folder at the end: curves and diagnosis.")
     sample_prompt: str = Field(
         "", description="At each validation the model continues this text, or answers it if it learns conversations."
     )
     strict: bool = Field(False, description="Do not start when a guardrail warns.")
-    allow: tuple[str, ...] = Field((), description="A finding to keep quiet about; may be given several times.")
+    allow: Words = Field((), description="A finding to keep quiet about; may be given several times.")
 
 
 class SamplingOptions(Section):
@@ -308,7 +316,7 @@ class SamplingOptions(Section):
         0, description="Never write the same n tokens twice; 0 is off."
     )
     greedy: bool = Field(False, description="Always take the likeliest token.")
-    stop: tuple[str, ...] = Field((), description="End before this string; may be given several times.")
+    stop: Words = Field((), description="End before this string; may be given several times.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="The same seed gives the same text.")
 
 

@@ -225,7 +225,11 @@ def read_section(section: type[S], values: Mapping[str, Any], source: str) -> S:
         return section.model_validate(values)
     except ValidationError as error:
         sources = dict.fromkeys(values, source)
-        raise ConfigError([_explain(detail, values, sources) for detail in error.errors()]) from None
+        known = list(section.model_fields)
+        unknown = [name for name in values if name not in known]
+        problems = [f"unknown option {name} in {source}{did_you_mean(name, known)}" for name in unknown]
+        wrong = [_explain(detail, values, sources) for detail in error.errors() if detail["loc"][0] not in unknown]
+        raise ConfigError([*problems, *wrong]) from None
 
 
 def preset_names() -> list[str]:
@@ -265,7 +269,7 @@ def _asks_for_lora(layers: Sequence[Layer]) -> bool:
     """Whether `lora` is on, or not off and one of the options of adapters is given."""
     given = {name: value for layer in layers for name, value in layer.values.items()}
     if given.get("lora") is not None:
-        return bool(given["lora"])
+        return str(given["lora"]).lower() not in ("false", "no", "off", "n", "f", "0")  # as pydantic reads them
     chosen = [name for layer in layers for name in layer.values if name not in layer.origins]
     return any(name.startswith("lora_") for name in chosen)
 

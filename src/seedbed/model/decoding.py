@@ -7,7 +7,7 @@ H query heads   K key-value heads   G query heads of each key-value head   E hea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -28,6 +28,7 @@ ROUNDED_TO: Final = 32
 SUMMED_AT_ONCE: Final = 128
 USUAL_ROWS: Final = 16  # which the order of packed weights is chosen for
 
+M = TypeVar("M", bound=nn.Module)
 Linear = Callable[[Tensor], Tensor]  # (..., in) to (..., out)
 Turn = tuple[Tensor, Tensor]  # what heads and their swapped halves are multiplied by, each (T, 1, E) or (B, N, 1, E)
 
@@ -54,7 +55,7 @@ class DecodingModel:
         head = model.embed_tokens.weight if model.lm_head is None else _weight(model.lm_head)
         self._model, self._config, self._dtype = model, model.config, dtype
         self._device = model.embed_tokens.weight.device
-        self._blocks = [_DecodingBlock(block, dtype) for block in model.blocks if isinstance(block, Block)]
+        self._blocks = [_DecodingBlock(_known(block, Block), dtype) for block in model.blocks]
         self._final_norm, self._head = _norm(model.final_norm, dtype), _pack(head.to(dtype), None)
 
     def read(self, prompts: Sequence[Sequence[int]], max_len: int) -> Tensor:
@@ -301,7 +302,16 @@ def _join(layers: Sequence[nn.Linear], dtype: torch.dtype) -> Linear:
     return _pack(weight, torch.cat(biases) if biases else None)
 
 
-def _weight(layer: nn.Linear) -> Tensor:
+def _known(module: nn.Module, kind: type[M]) -> M:
+    """The module itself, also where torch.compile wrapped it; what is computed in another kind cannot be seen here."""
+    module = getattr(module, "_orig_mod", module)
+    if not isinstance(module, kind):
+        raise TypeError(f"to write, each {kind.__name__} must be seedbed's own, and one is a {type(module).__name__}")
+    return module
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    layer = _known(layer, nn.Linear)
     return layer.effective_weight() if isinstance(layer, AdaptedLinear) else layer.weight
 
 

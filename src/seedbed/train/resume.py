@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -153,7 +154,7 @@ def _branch(config: Config, checkpoint: Path) -> Start:
     newest, _ = newest_intact(old / "checkpoints")
     is_newest = newest is not None and read_state(newest)["step"] == read_state(checkpoint)["step"]
     given = config.watching.output
-    path = Path(given) if given else old if is_newest and not _finished(old) else _next_free(old)
+    path = _destination(config) if given else old if is_newest and not _finished(old) else _next_free(old)
     if path.resolve() == old and is_newest:
         return Start(config, RunFolder(path), checkpoint, read_summary(old).get("parent"))
     if _begun(path):
@@ -197,7 +198,7 @@ def _adopt(config: Config, path: Path, free: frozenset[str]) -> Config:
 def _destination(config: Config) -> Path:
     """The folder that was named; else one named after data and model, the newest that is not finished."""
     if config.watching.output is not None:
-        return Path(config.watching.output)
+        return Path(os.path.expanduser(config.watching.output))  # noqa: PTH111 (leaves the name of an unknown user)
     text = config.keeping.domain or Path(config.data.data or "").stem.replace("*", "") or "text"
     kind = "-lora" if config.with_lora else ""
     path = Path("runs") / f"{text}-{_model_name(config.model.model)}{kind}"
