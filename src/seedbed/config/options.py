@@ -136,7 +136,7 @@ class AdaptOptions(Section):
     )
     add_tokens: Words = Field(
         (),
-        description="A new token, found in every text, which begins as the mean of the others; may be given several times.",
+        description="A new token, found in every text; begins as the mean of the others; may be given several times.",
     )
     lora: bool | None = Field(
         None, description="Train small adapters beside frozen weights; the other lora flags imply it."
