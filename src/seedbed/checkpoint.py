@@ -45,6 +45,8 @@ STATE = "seedbed/state.json"
 OPTIMIZER = "seedbed/optimizer.safetensors"
 MANIFEST = "seedbed/manifest.json"
 LONGEST_NAME = 255
+LARGEST_JSON = 2**28  # bytes of a state or a manifest
+LAST_STEP = 2**63
 READERS = 2  # files whose digests are worked out at once
 
 
@@ -103,6 +105,8 @@ def damage(folder: Path) -> list[str]:
     try:
         files = _manifest_entries(folder)
         expected = [(_inside(name), int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
+        if STATE not in files or not {"config.json", ADAPTER_FILE} & set(files):
+            raise ValueError("files are missing in it")
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: no {MANIFEST}; a checkpoint of ours has one, a foreign folder cannot be verified"
@@ -110,8 +114,10 @@ def damage(folder: Path) -> list[str]:
     except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder}: {MANIFEST} is damaged") from None
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(lambda entry: _damage_of(folder, *entry), expected)
-        return [problem for problem in found if problem]
+        found = list(pool.map(lambda entry: _damage_of(folder, *entry), expected))
+    ours = (path.relative_to(folder).as_posix() for path in (folder / "seedbed").rglob("*") if not path.is_dir())
+    found += [f"{name}: not of this checkpoint" for name in sorted(ours) if name not in {MANIFEST, *files}]
+    return [problem for problem in found if problem]
 
 
 def _damage_of(folder: Path, name: str, size: int, digest: str) -> str | None:
@@ -235,7 +241,7 @@ def _load_base(folder: Path) -> Decoder:
 
 def _require_intact(folder: Path) -> None:
     """A folder of ours has every byte checked; another program's has nothing to check against."""
-    if (folder / MANIFEST).is_file() and (problems := damage(folder)):
+    if ((folder / MANIFEST).exists() or (folder / STATE).exists()) and (problems := damage(folder)):
         raise CheckpointError(f"{folder}: damaged: {'; '.join(problems)}")
 
 
@@ -255,7 +261,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         CheckpointError: missing or unreadable.
     """
     try:
-        state = parse_json((folder / STATE).read_text(encoding="utf-8"))
+        state = parse_json(_read_small(folder / STATE).decode())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: no readable {STATE}: training cannot go on from it ({error})") from None
     if not isinstance(state, dict):
@@ -381,8 +387,18 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def _manifest_entries(folder: Path) -> dict[str, dict[str, Any]]:
-    entries: dict[str, dict[str, Any]] = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    manifest = parse_json(_read_small(folder / MANIFEST).decode())
+    if manifest["version"] != 1:
+        raise ValueError(f"version {manifest['version']}")
+    entries: dict[str, dict[str, Any]] = manifest["files"]
     return entries
+
+
+def _read_small(path: Path) -> bytes:
+    """A file that is never large, and never anything but a file."""
+    if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_JSON):
+        raise ValueError(f"{path.name} is no such file")
+    return path.read_bytes()
 
 
 def _entries_but_state(folder: Path) -> dict[str, dict[str, Any]]:
@@ -465,7 +481,12 @@ def _folders(checkpoints: Path) -> list[Path]:
 
 
 def _step_of(folder: Path) -> int:
-    try:
-        return int(read_state(folder)["step"])
-    except (CheckpointError, KeyError, TypeError, ValueError):
+    """To put checkpoints in order: those that look damaged first, to be told of, what is none of ours last."""
+    if not (folder / MANIFEST).exists() and not (folder / STATE).exists():
         return -1
+    try:
+        if hashlib.sha256(_read_small(folder / STATE)).hexdigest() == _manifest_entries(folder)[STATE]["sha256"]:
+            return int(read_state(folder)["step"])
+    except (CheckpointError, OSError, KeyError, TypeError, ValueError, OverflowError, AttributeError):
+        pass
+    return LAST_STEP

@@ -111,7 +111,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """CUDA's allocator has a type for it; the CPU's, Apple's, and CUDA's libraries raise errors that say so."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    said = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    said = ("can't allocate memory", "out of memory", "can't start new thread", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 

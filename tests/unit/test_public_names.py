@@ -36,6 +36,10 @@ def test_the_public_names() -> None:
     assert sorted(PUBLIC) == PUBLIC
 
 
+def test_they_are_listed() -> None:
+    assert set(PUBLIC) <= set(dir(seedbed))
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_each_is_there_and_documented(name: str) -> None:
     value = getattr(seedbed, name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -55,3 +56,15 @@ def test_characters_that_the_encoding_lacks(monkeypatch: pytest.MonkeyPatch) -> 
     with outlasting_readers():
         print("1 ☃", flush=True)
     assert written.getvalue() == b"1 ?\n"
+
+
+def test_another_thread_leaves_the_streams_alone() -> None:
+    def streams() -> tuple[object, object]:
+        with outlasting_readers():
+            return sys.stdout, sys.stderr
+
+    before = sys.stdout, sys.stderr
+    assert streams() != before
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(streams).result() == before
+    assert (sys.stdout, sys.stderr) == before

@@ -221,6 +221,8 @@ def find_files(spec: str, flag: str) -> list[Path]:
 
 
 def _missing(spec: str, path: Path, flag: str) -> str:
+    if path.exists():
+        return f"{flag} {spec}: neither a file nor a folder; text that comes through a pipe has to be in a file first"
     near = did_you_mean(spec, list(NAMED))
     if not near and path.parent.is_dir():
         beside = {other.name: str(path.parent / other.name) for other in path.parent.iterdir()}

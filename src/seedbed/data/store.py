@@ -39,7 +39,7 @@ from seedbed.parsing import parse_json
 from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer, batches_of_text
 
-FORMAT = 2
+FORMAT = 3
 INDEX = {"offsets": np.int64, "starts": np.int64, "digests": np.uint64, "bytes": np.int64, "target_bytes": np.int64}
 CONVERSATIONS_AT_ONCE = 256
 
@@ -113,13 +113,13 @@ def open_store(
     cache = cache or cache_folder()
     key = _key(source, reading)
     folder = cache / key
-    if folder.is_dir() and (store := _open(folder)):
+    if folder.is_dir() and (store := _open(folder, reading)):
         return store
     _make_cache(cache)
     try:
         with _locked(cache / f"{key}.lock"):
             if folder.is_dir():
-                if store := _open(folder):
+                if store := _open(folder, reading):
                     return store
                 warnings.warn(f"the tokenized store {folder} is damaged; making it again", stacklevel=2)
                 shutil.rmtree(folder)
@@ -132,7 +132,7 @@ def open_store(
             f"cannot write the tokenized text to {cache}: {error.strerror}. Make room there (about the "
             "size of the text), or name another folder in $SEEDBED_CACHE"
         ) from None
-    store = _open(folder)
+    store = _open(folder, reading)
     assert store is not None, folder
     return store
 
@@ -165,11 +165,12 @@ def _key(source: Source, reading: Reading) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def _open(folder: Path) -> Store | None:
-    """The store in a folder, or None if any file is not what store.json says."""
+def _open(folder: Path, reading: Reading) -> Store | None:
+    """The store in a folder, or None if any byte of it is not what was written."""
     try:
         facts = parse_json((folder / "store.json").read_text(encoding="utf-8"))
-        if any((folder / name).stat().st_size != size for name, size in facts["sizes"].items()):
+        known = (reading.tokenizer.eos_id, reading.tokenizer.vocab_size)
+        if (facts["eos_id"], facts["vocab_size"]) != known or facts["files"] != _digests(folder):
             return None
         stream = _map(folder / "tokens.bin", facts["dtype"])
         index = {name: _map(folder / f"{name}.bin", dtype) for name, dtype in INDEX.items()}
@@ -185,11 +186,20 @@ def _open(folder: Path) -> Store | None:
             digests=index["digests"],
             num_bytes=index["bytes"],
             target_bytes=index["target_bytes"],
-            mask=_map(folder / "mask.bin", np.bool_) if "mask.bin" in facts["sizes"] else None,
+            mask=_map(folder / "mask.bin", np.bool_) if "mask.bin" in facts["files"] else None,
             without_end=facts["without_end"],
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but store.json, in hexadecimal."""
+    digests = {}
+    for path in sorted(folder.glob("*.bin")):
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def _map(path: Path, dtype: DTypeLike) -> NDArray[Any]:
@@ -203,7 +213,7 @@ def _build(folder: Path, source: Source, reading: Reading, progress: Progress | 
         private = Path(name) / folder.name
         private.mkdir()
         facts = _tokenize(private, source, reading, progress)
-        facts["sizes"] = {path.name: path.stat().st_size for path in sorted(private.iterdir())}
+        facts["files"] = _digests(private)
         with (private / "store.json").open("wb") as file:
             file.write(json.dumps(facts, indent=2).encode())
             _flush(file)

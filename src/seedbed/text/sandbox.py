@@ -22,6 +22,8 @@ from jinja2.visitor import NodeTransformer
 SECONDS: Final = 10.0  # of one render; a real one takes a thousandth of a second
 LONGEST: Final = 2**24  # characters of a string, elements of a list
 WIDTH: Final = re.compile(r"\d{8,}")  # of a number in a format, such as %99999999d
+NESTED: Final = re.compile(r"\{[^{}]*\{|%[^a-zA-Z%]*\*")  # a width that is an argument of its own
+REFUSED: Final = ("encode", "expandtabs", "maketrans", "translate")  # methods that no template of a model calls
 
 
 PASSED: Final = (Context, Environment, nodes.EvalContext)  # what Jinja gives a filter before what the template does
@@ -35,6 +37,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._deadline = 0.0
+        del self.filters["wordwrap"]
         self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}
         self.filters |= {"_turns": _turns, "_joined": _joined}
 
@@ -70,8 +73,20 @@ class Sandbox(ImmutableSandboxedEnvironment):
         __self.look_at_clock()
         _require_small([*args, *kwargs.values()])
         if isinstance(text := getattr(__obj, "__self__", None), str):
-            _foresee(getattr(__obj, "__name__", ""), text, args)
+            _foresee(getattr(__obj, "__name__", ""), text, [*args, *kwargs.values()])
         return super().call(__context, __obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`str.format` as Jinja has it, which asks first how long its result will be."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        def ask_first(*args: Any, **kwargs: Any) -> str:
+            _foresee("format", value.__self__, [*args, *kwargs.values()])
+            return wrapped(*args, **kwargs)
+
+        return ask_first
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         self.look_at_clock()
@@ -83,7 +98,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "**":
             _require(abs(right) * left.bit_length() if isinstance(left, int) and isinstance(right, int) else 0)
         elif operator == "%" and isinstance(left, str):
-            _foresee("format", left, ())
+            _foresee("format", left, right if isinstance(right, tuple) else (right,))
         return super().call_binop(context, operator, left, right)
 
 
@@ -149,7 +164,7 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             given[0] = given[0] if isinstance(given[0], Sequence) else list(given[0])
             _foresee("join", str(given[1]) if len(given) > 1 else "", given[:1])
         elif given and isinstance(given[0], str):
-            _foresee(name, given[0], given[1:])
+            _foresee(name, given[0], [*given[1:], *kwargs.values()])
         return function(*passed, *given, **kwargs)
 
     return ask_first
@@ -161,13 +176,26 @@ def _foresee(name: str, text: str, args: Sequence[Any]) -> None:
         _require(len(text) + text.count(args[0]) * len(args[1]))
     elif name == "join" and args and isinstance(args[0], Sequence):
         _require(len(text) * len(args[0]) + sum(len(item) for item in args[0] if isinstance(item, str)))
-    elif name in ("format", "format_map") and WIDTH.search(text):
-        raise SecurityError("a number in a format is too large")
+    elif name == "indent":
+        _require(len(text) + text.count("\n") * max([4, *(_longest(arg) for arg in args)]))
+    elif name in ("format", "format_map"):
+        if WIDTH.search(text):
+            raise SecurityError("a number in a format is too large")
+        widths = sum(map(int, re.findall(r"\d+", text)))
+        longest = max((_longest(arg) if NESTED.search(text) else len(str(arg)) for arg in args), default=0)
+        _require(len(text) + widths + (text.count("{") + text.count("%")) * longest)
+    elif name in REFUSED:
+        raise SecurityError(f"it calls {name}")
 
 
 def _foresee_product(sequence: Any, times: Any) -> None:
     if isinstance(times, int) and (_sized(sequence) or isinstance(sequence, int)):
         _require(times * len(sequence) if _sized(sequence) else sequence.bit_length() + times.bit_length())
+
+
+def _longest(argument: Any) -> int:
+    """Of what an argument may stand for: its text, or a width."""
+    return abs(argument) if isinstance(argument, int) else len(str(argument))
 
 
 def _sized(value: Any) -> bool:

@@ -49,6 +49,7 @@ BESIDE_CONTENT = ("tool_calls", "reasoning_content")
 
 PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
 
+WIDEST_INDENT = 16  # of JSON
 LONGEST_SOURCE = 2**20  # characters; the longest that models come with have some 20,000
 
 # The variable by which a render asks for marks around `{% generation %}` blocks.
@@ -422,6 +423,8 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
+    if isinstance(indent, int) and indent > WIDEST_INDENT:
+        raise jinja2.exceptions.SecurityError(f"it indents by {indent}")
     # Jinja's own filter writes for HTML, with & and < escaped.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

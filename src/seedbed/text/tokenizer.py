@@ -544,7 +544,7 @@ def _find_eos(backend: tokenizers.Tokenizer, settings: dict[str, dict[str, Any]]
 def _eos_ids(settings: dict[str, Any]) -> list[int]:
     """`eos_token_id` of a model's settings: one id, a list of them, or nothing."""
     ids = settings.get("eos_token_id")
-    return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and i >= 0]
+    return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and 0 <= i < 2**31]
 
 
 def _added_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str], special: bool) -> dict[str, dict[str, Any]]:

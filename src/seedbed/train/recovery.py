@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from seedbed import distributed, parallel
 from seedbed.checkpoint import load_model, newest_intact, read_optimizer, read_state
-from seedbed.errors import DivergedError, OutOfMemoryError
+from seedbed.errors import CheckpointError, DivergedError, OutOfMemoryError
 from seedbed.optim import load_optimizer_tensors
 from seedbed.train.job import Job
 from seedbed.train.progress import Display
@@ -116,7 +118,10 @@ class Recovery:
         state.learning_rate_factor *= LOWERED
         state.set_aside = sorted({*state.set_aside, *range(bad_at - state.skipped_in_a_row, bad_at)})
         state.skipped_in_a_row = 0
+        if state.tokens == state.tokens_at_rollback:  # nothing was learnt since: the rows are not what is bad
+            distributed.on_first(lambda: remove_doubtful(job.run.checkpoints))
         checkpoint, factor = self._go_back(), state.learning_rate_factor
+        state.tokens_at_rollback = state.tokens
         job.run.event(
             "roll_back",
             bad_at,
@@ -157,6 +162,7 @@ def go_back(job: Job) -> Path | None:
     now, then = job.state, TrainingState.from_json(read_state(checkpoint))
     then.rollbacks, then.learning_rate_factor, then.set_aside = now.rollbacks, now.learning_rate_factor, now.set_aside
     then.micro_batch_size, then.seconds = now.micro_batch_size, now.seconds
+    then.tokens_at_rollback = now.tokens_at_rollback
     now.become(then)
     job.scaler.load_state_dict(now.scaler)
     job.run.truncate({name: length for name, length in now.records.items() if name != "events.jsonl"})
@@ -166,6 +172,14 @@ def go_back(job: Job) -> Path | None:
 def _name_of_newest(job: Job) -> str | None:
     checkpoint, _ = newest_intact(job.run.checkpoints)
     return None if checkpoint is None else checkpoint.name
+
+
+def remove_doubtful(checkpoints: Path) -> None:
+    """Delete the checkpoints that were saved while updates were refused: their weights may be why."""
+    for folder in checkpoints.iterdir():
+        with contextlib.suppress(CheckpointError):
+            if read_state(folder).get("skipped_in_a_row"):
+                shutil.rmtree(folder)
 
 
 def nothing_fits(job: Job) -> str:

@@ -126,6 +126,11 @@ def _open(config: Config) -> Start | AlreadyFinished:
         return _branch(config, Path(config.watching.resume_from))
     path = _destination(config)
     if not _begun(path):
+        if any(is_model_folder(checkpoint) for checkpoint in path.glob("checkpoints/*")):
+            raise CheckpointError(
+                f"{path}: checkpoints, and no config.yaml that says what run they are of; put it back, "
+                "or choose another --output"
+            )
         return Start(config, RunFolder(path), None, None)
     if not config.watching.resume:
         raise ConfigError(f"--output {path} holds a run and --no_resume forbids to go on; choose another --output")

@@ -75,8 +75,12 @@ class Saver:
         self._about: tuple[int, str, Act] = (0, "", lambda: None)  # step and name; what to do if it fails
 
     def save_numbered(self, kind: str, number: int) -> Path | None:
-        """`KIND-NUMBER`, and none of its kind beyond those that are kept; see `save`."""
+        """`KIND-NUMBER`, and none of its kind beyond those that are kept; see `save`.
+
+        While updates are refused all are kept: the weights at hand may be why.
+        """
         checkpoints, keep = self._job.run.checkpoints, self._job.watching.keep_checkpoints
+        keep = 0 if self._job.state.skipped_in_a_row else keep
         return self.save(f"{kind}-{number}", then=lambda: rotate(checkpoints, kind, keep))
 
     def save_best(self) -> None:

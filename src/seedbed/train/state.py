@@ -38,6 +38,8 @@ class TrainingState:
     skipped_in_a_row: int = 0
     rollbacks: int = 0
     """How often the run went back to an earlier checkpoint because its updates stayed bad."""
+    tokens_at_rollback: int = -1
+    """Those of the checkpoint that the last of them led to."""
     learning_rate_factor: float = 1.0
     """Of the schedule's rate; each of them lowers it."""
     set_aside: list[int] = field(default_factory=list)

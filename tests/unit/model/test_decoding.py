@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seedbed.evaluate import evaluation_mode
 from seedbed.lora import Adapter, add_adapter
@@ -183,3 +183,33 @@ def test_it_reads_anew(model: Decoder) -> None:
         decoding.read([[1, 2]], 3)
         decoding.step(torch.tensor([[3]]))
         assert decoding.read(rows(), POSITIONS).equal(first)
+
+
+def test_a_compiled_block_is_written_with(model: Decoder) -> None:
+    wrapped, before = decoder(model.config), decoded(model, rows())
+    for index, block in enumerate(wrapped.blocks):
+        compiled: Any = torch.compile(block, backend="eager")
+        wrapped.blocks[index] = compiled
+    assert decoded(wrapped, rows()).equal(before)
+
+
+class Doubled(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *given: Any) -> Tensor:
+        twice: Tensor = 2 * self.inner(*given)
+        return twice
+
+
+def test_parts_of_another_kind_are_refused() -> None:
+    changed = decoder(config("llama"))
+    changed.blocks[1] = Doubled(changed.blocks[1])
+    with pytest.raises(TypeError, match="each Block must be seedbed's own, and one is a Doubled"):
+        DecodingModel(changed)
+    changed = decoder(config("llama"))
+    mlp: Any = changed.blocks[0].mlp
+    mlp.down_proj = Doubled(mlp.down_proj)
+    with pytest.raises(TypeError, match="each Linear"):
+        DecodingModel(changed)

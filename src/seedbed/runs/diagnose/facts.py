@@ -79,8 +79,10 @@ class Facts:
         return self.status == "time_limit"
 
     def of(self, kind: str) -> list[Mapping[str, Any]]:
-        """The events of one kind, oldest first."""
-        return [event for event in self.events if event.get("event") == kind]
+        """The events of one kind, oldest first; of a step that was done again after a kill, the last."""
+        found = [event for event in self.events if event.get("event") == kind]
+        again = {event.get("step"): event for event in found} if kind in ("skipped_step", "loss_spike") else {}
+        return list(again.values()) or found
 
     def checkpoint(self, *names: str) -> Path | None:
         """The first of these checkpoints that is there."""
