@@ -108,7 +108,7 @@ class LanguageModel:
 
     def _decoding(self) -> DecodingModel:
         """The model as it writes, made anew when a weight has changed."""
-        weights = [(id(parameter), parameter._version) for parameter in self.decoder.parameters()]
+        weights = _marks(self.decoder)
         kept: tuple[Any, DecodingModel] | None = vars(self).get("_kept")
         if kept is None or kept[0] != weights:
             with autocast(self.decoder.embed_tokens.weight.device, self.precision):
@@ -204,6 +204,14 @@ class Trainer:
         return self.model
 
 
+def _marks(decoder: Decoder) -> list[Any]:
+    """What differs once a weight or a part has changed; fused optimizers and `.data` count no version."""
+    parameters = list(decoder.parameters())
+    with torch.inference_mode():
+        sums = [parameter.sum(dtype=torch.float32) for parameter in parameters if parameter.is_floating_point()]
+    return [*map(id, decoder.modules()), *map(id, parameters), *map(float, sums)]
+
+
 def pretrain(
     *, from_run: str | Path | None = None, config: str | Path | None = None, quiet: bool = False, **options: Any
 ) -> Run:
@@ -269,7 +277,9 @@ def _run(
     return Run(outcome.path, outcome.summary["status"], outcome.exit_code, outcome.summary)
 
 
-def load(path: str | Path, device: str = "auto", precision: Precision | Literal["auto"] = "auto") -> LanguageModel:
+def load(
+    path: str | Path, device: str | torch.device = "auto", precision: Precision | Literal["auto"] = "auto"
+) -> LanguageModel:
     """The model in a checkpoint, a run folder (its best), or a transformers folder.
 
     Args:
@@ -281,6 +291,6 @@ def load(path: str | Path, device: str = "auto", precision: Precision | Literal[
         ConfigError: no such folder.
         CheckpointError: a damaged or incomplete one.
     """
-    decoder, tokenizer = load_model(path, device)
+    decoder, tokenizer = load_model(path, str(device))
     in_use = pick_precision(precision, decoder.embed_tokens.weight.device)
     return LanguageModel(find_model(path), decoder, tokenizer, in_use)

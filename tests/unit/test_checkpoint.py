@@ -190,6 +190,49 @@ def test_damaged_ones_are_passed_over_with_the_reason(save: Save) -> None:
     assert "step-20 is damaged (model.safetensors: its bytes have changed" in remarks[1]
 
 
+@pytest.mark.parametrize("state", ["{", '{"step": 15}', '{"step": 1e999}', "[]"])
+def test_a_damaged_state_is_told_whatever_it_says(save: Save, state: str) -> None:
+    whole = save("step-30", 30)
+    (save("step-35", 35) / "seedbed/state.json").write_text(state)
+    found, [remark] = newest_intact(whole.parent)
+    assert found == whole
+    assert "step-35 is damaged (seedbed/state.json" in remark
+
+
+@pytest.mark.parametrize("name", ["seedbed/state.json", "seedbed/manifest.json"])
+def test_what_is_no_file_is_not_waited_for(save: Save, name: str) -> None:
+    whole, odd = save("step-30", 30), save("step-35", 35)
+    (odd / name).unlink()
+    os.mkfifo(odd / name)
+    found, [remark] = newest_intact(whole.parent)
+    assert found == whole
+    assert "step-35 is damaged" in remark
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda manifest: manifest | {"version": 2}, "manifest.json is damaged"),
+        (lambda manifest: manifest | {"files": {}}, "manifest.json is damaged"),
+        (lambda manifest: {"files": manifest["files"]}, "manifest.json is damaged"),
+    ],
+)
+def test_a_manifest_that_says_too_little_is_damaged(save: Save, change: Callable[[Any], Any], says: str) -> None:
+    manifest = save("best") / "seedbed/manifest.json"
+    manifest.write_text(json.dumps(change(json.loads(manifest.read_text()))))
+    with pytest.raises(CheckpointError, match=says):
+        damage(manifest.parent.parent)
+
+
+def test_files_beside_those_of_the_manifest_and_none_at_all(save: Save) -> None:
+    folder = save("best")
+    (folder / "seedbed/optimizer-00002-of-00002.safetensors").write_bytes(b"")
+    assert damage(folder) == ["seedbed/optimizer-00002-of-00002.safetensors: not of this checkpoint"]
+    (folder / "seedbed/manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no seedbed/manifest"):  # whose weights may be any
+        load_model(folder)
+
+
 def test_none_when_there_is_none(save: Save, tmp_path: Path) -> None:
     assert newest_intact(tmp_path / "nowhere") == (None, [])
     folder = save("best")
@@ -268,7 +311,9 @@ def test_rotation_keeps_the_newest_and_never_touches_best_or_final(save: Save) -
     checkpoints = save("best", 1).parent
     save("final", 1)
     save("epoch-1", 1)
+    shutil.copytree(checkpoints / "final", checkpoints / "step-2-copy")  # somebody's own
     rotate(checkpoints, "step", 2)
+    shutil.rmtree(checkpoints / "step-2-copy")
     assert {path.name for path in checkpoints.iterdir()} == {"step-10", "step-100", "best", "final", "epoch-1"}
     rotate(checkpoints, "step", 0)
     rotate(checkpoints, "step", 5)

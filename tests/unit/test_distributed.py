@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -59,6 +61,21 @@ def test_errors_reach_other_processes_as_they_are(error: Exception) -> None:
     if isinstance(error, ConfigError):
         assert isinstance(again, ConfigError)
         assert again.problems == error.problems
+
+
+def test_memory_of_a_gpu_that_ran_out_reaches_others_as_memory() -> None:
+    again = distributed._raised(distributed._described(torch.OutOfMemoryError("CUDA out of memory")))
+    assert type(again) is MemoryError
+
+
+def test_each_process_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_group", SimpleNamespace(local_rank=2))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="no GPU left; start 2 here"):
+        distributed.local_device(torch.device("cuda"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--device cuda:1: each process takes a GPU of its own"):
+        distributed.local_device(torch.device("cuda:1"))
 
 
 def test_one_process_shares_a_model_with_nobody() -> None:

@@ -7,7 +7,7 @@ H query heads   K key-value heads   G query heads of each key-value head   E hea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -203,7 +203,7 @@ class _DecodingBlock:
     """A block's linear layers joined where they read the same, and laid out for few tokens."""
 
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
-        attention, mlp = block.attention, block.mlp
+        attention, mlp = _unwrapped(block.attention), _unwrapped(block.mlp)
         self._attention_norm, self._mlp_norm = _norm(block.attention_norm, dtype), _norm(block.mlp_norm, dtype)
         self._q_norm, self._k_norm = attention.q_norm, attention.k_norm
         self._normalises = isinstance(attention.q_norm, RMSNorm)
@@ -285,6 +285,7 @@ def _at_least(x: Tensor) -> Tensor:
 
 def _norm(norm: nn.Module, dtype: torch.dtype) -> Linear:
     """The norm of float32, in float32, to the type of the products."""
+    norm = _unwrapped(norm)
     assert isinstance(norm, nn.LayerNorm | RMSNorm)
     weight, shape, eps = norm.weight.float(), norm.weight.shape, norm.eps
     if isinstance(norm, nn.LayerNorm):
@@ -302,9 +303,13 @@ def _join(layers: Sequence[nn.Linear], dtype: torch.dtype) -> Linear:
     return _pack(weight, torch.cat(biases) if biases else None)
 
 
+def _unwrapped(module: Any) -> Any:
+    return getattr(module, "_orig_mod", module)
+
+
 def _known(module: nn.Module, kind: type[M]) -> M:
     """The module itself, also where torch.compile wrapped it; what is computed in another kind cannot be seen here."""
-    module = getattr(module, "_orig_mod", module)
+    module = _unwrapped(module)
     if not isinstance(module, kind):
         raise TypeError(f"to write, each {kind.__name__} must be seedbed's own, and one is a {type(module).__name__}")
     return module

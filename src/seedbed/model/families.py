@@ -357,8 +357,8 @@ class _Reader:
         if family == "llama":
             return
         window = self.raw.get("sliding_window", 4096)  # what transformers takes when the file is silent
-        if window is not None:
-            window = self.size("sliding_window", 4096)
+        if window is not None and self.size("sliding_window", 4096) != window:
+            return  # it is no number, which is a problem enough
         kinds = self.raw.get("layer_types") or ["sliding_attention"]
         used = family == "mistral" or (
             self.flag("use_sliding_window", False)

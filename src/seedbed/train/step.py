@@ -105,14 +105,17 @@ def whole_or_torn(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     tensors = [*(parameter for group in optimizer.param_groups for parameter in group["params"]), *states]
     before, known = [tensor._version for tensor in tensors], set(optimizer.state)
+    unseen = is_8bit(optimizer) or isinstance(optimizer, torch.optim.SGD)  # their kernels leave versions as they are
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        if is_8bit(optimizer) or before != [tensor._version for tensor in tensors]:
+        new = set(optimizer.state) - known
+        begun = any(float(optimizer.state[parameter].get("step", 0)) > 0 for parameter in new)
+        if unseen or begun or before != [tensor._version for tensor in tensors]:
             raise TornUpdateError("out of memory in the middle of an update") from error
-        for parameter in set(optimizer.state) - known:
+        for parameter in new:
             del optimizer.state[parameter]  # half made, and the next try would take it for whole
         raise
 

@@ -106,6 +106,13 @@ def test_one_layer_gives_warm_up_once() -> None:
     assert FLAGS in problem
 
 
+@pytest.mark.parametrize("name", ["default.yaml", "preset.yaml", "regime.yaml"])
+def test_values_of_a_file_are_given_whatever_its_name(name: str) -> None:
+    config = resolve("scratch", [Layer(name, {"epochs": 2})])
+    assert config.is_given("epochs")
+    assert not config.is_given("seed")
+
+
 # What is wrong
 
 

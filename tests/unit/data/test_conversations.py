@@ -162,6 +162,29 @@ def test_the_format_is_seen(tmp_path: Path, name: str, content: str, expected: s
     assert detect_format(write(tmp_path / name, content)) == expected
 
 
+def test_a_table_that_is_none_of_ours_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "instruction,output\na,b\n")
+    with pytest.raises(DataError, match=r"a\.csv is a table, .*--format text"):
+        open_source(str(path))
+    assert open_source(str(path), format="text").format == "text"
+
+
+def test_a_system_beside_the_turns(tmp_path: Path) -> None:
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "Be brief."}
+    opening = {"role": "system", "content": "Be brief."}
+    assert conversations(write(tmp_path / "a.jsonl", [row])) == [[opening, *turn("a", "b")]]
+    row["conversations"].insert(0, {"from": "system", "value": "Be long."})  # type: ignore[attr-defined]
+    assert conversations(write(tmp_path / "b.jsonl", [row]))[0][0]["content"] == "Be long."
+
+
+def test_dates_and_bytes_in_messages_are_told(tmp_path: Path) -> None:
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": b"c"}]}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"row 1: a message holds what is neither text nor number"):
+        conversations(tmp_path / "a.parquet")
+
+
 def test_columns_that_nobody_knows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"body": "a", "title": "b"}])
     assert detect_format(path, text_column="body") == "text"

@@ -83,15 +83,19 @@ def test_the_cache_is_where_the_environment_says(
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "target_bytes.bin", "store.json"])
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "flipped"])
 def test_a_damaged_store_is_made_again(tokenizer: Tokenizer, tmp_path: Path, name: str, damage: str) -> None:
     store = open_store(from_texts(TEXTS), Reading(tokenizer), cache=tmp_path)
     good = contents(store)
     file = store.path / name
     if damage == "cut":
         os.truncate(file, file.stat().st_size - 8)
-    else:
+    elif damage == "gone":
         file.unlink()
+    else:
+        content = file.read_bytes()
+        place = content.index(b'"eos_id": 0') + 10 if name == "store.json" else len(content) // 2
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     with pytest.warns(UserWarning, match="damaged"):
         again = open_store(from_texts(TEXTS), Reading(tokenizer), cache=tmp_path)
     assert contents(again) == good

@@ -36,6 +36,17 @@ TOO_LONG = [
     "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x.join([n.x, n.x, n.x]) %}{% endfor %}",
     "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = [n.x, n.x]|join(n.x) %}{% endfor %}",
     "{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}",
+    "{{ ('a\\n' * 1000000)|indent(1000000) }}",
+    "{{ ('a\\n' * 1000000)|indent(width='a' * 1000000) }}",
+    "{{ ('a' * 10000000).translate({97: 'b' * 1000}) }}",
+    "{{ ('\\t' * 1000).expandtabs(10 ** 7) }}",
+    "{{ '{:>9999999999}'.format(1)|length }}",
+    "{{ ('{0:>9999999}' * 1000).format(1)|length }}",
+    "{{ ('{0:{1}}' * 1000).format(1, 9999999)|length }}",
+    "{{ ('{0}' * 9999).format('a' * 99999)|length }}",
+    "{{ ('%9999999d' * 3) % (1, 2, 3) }}",
+    "{{ '{0:>9999999999}'.format_map({}) }}",
+    "{{ ('a' * 999).encode('utf-16') }}",
 ]
 WAYS_OUT = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
