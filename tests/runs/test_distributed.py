@@ -16,9 +16,12 @@ import torch
 
 from seedbed import checkpoint, distributed
 from seedbed.cli import app
+from seedbed.config import FLAGS, Layer, resolve
+from seedbed.errors import ConfigError
 from seedbed.generate import generate
 from seedbed.runs.folder import read_records, read_summary
 from seedbed.train import loop, saving, step
+from seedbed.train.build import pick_method
 from seedbed.train.spikes import RecentLosses, Usual
 from tests.runs.conftest import KEEPING, TINY, events
 from tests.runs.processes import start_together, wait_for
@@ -203,6 +206,35 @@ def test_half_precision_and_whole_matrices(together: Together, tmp_path: Path) -
         assert together(2, two, batch_size=4, parallel=parallel, **options) == [0, 0]
         losses = [[value for (_, name), value in curve(run).items() if name == "val_loss"] for run in (one, two)]
         assert losses[0] == pytest.approx(losses[1], abs=0.02)
+
+
+def test_a_sharded_run_may_validate_before_its_first_step(together: Together, tmp_path: Path) -> None:
+    """The first pass of a sitting puts the weights together that later steps train."""
+    assert together(2, tmp_path / "a", parallel="fsdp", stop_at_step=5, eval_every=9) == [75, 75]
+    checkpoint = tmp_path / "a/checkpoints/time-limit"
+    assert together(2, tmp_path / "b", parallel="fsdp", resume_from=checkpoint, eval_every=5) == [0, 0]
+    assert read_summary(tmp_path / "b")["steps"] == 10
+
+
+def test_adapters_on_four_bits(
+    together: Together, pretrained: Callable[[str], Path], questions: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    options = {"model": pretrained("llama"), "data": questions("qa"), "lora": True, "base_precision": "nf4"}
+    options |= {"max_seq_len": 192, "max_steps": 2, "precision": "fp32", "device": "cpu", "tensorboard": False}
+    assert together(1, tmp_path / "one", "finetune", batch_size=4, **options) == [0]
+    assert together(2, tmp_path / "two", "finetune", batch_size=2, parallel="ddp", **options) == [0, 0]
+    same_curve(tmp_path / "two", tmp_path / "one")
+
+
+def test_half_precision_without_scaling_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU without bf16 takes fp16 by itself, and FSDP has no scaling of the loss."""
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    for parallel, expected in (("ddp", "ddp"), ("auto", "ddp")):
+        config = resolve("scratch", [Layer(FLAGS, {"parallel": parallel})])
+        assert pick_method(config, torch.device("cuda"), "fp16") == expected
+    with pytest.raises(ConfigError, match="--parallel fsdp: cuda takes fp16"):
+        pick_method(resolve("scratch", [Layer(FLAGS, {"parallel": "fsdp"})]), torch.device("cuda"), "fp16")
 
 
 def test_all_stop_early_together(together: Together, tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ from seedbed.checkpoint import load_model
 from seedbed.cli.app import run
 from seedbed.config import FLAGS, Layer, resolve
 from seedbed.data import WholeRows
-from seedbed.errors import ConfigError
+from seedbed.errors import ConfigError, DataError
 from seedbed.export import export_merged
 from seedbed.lora import num_trainable
+from seedbed.model.adjust import grow_vocabulary
 from seedbed.model.decoder import Decoder
-from seedbed.model.weights import load_decoder
+from seedbed.model.weights import load_decoder, save_decoder
 from seedbed.text.template import find_template
 from seedbed.train import step
 from seedbed.train.build import build_job
@@ -494,3 +495,76 @@ def test_validation_counts_each_target_once(pretrained: Make, questions: Make, t
     assert isinstance(job.rows, WholeRows)
     labels = [job.rows.row(0, index).labels for index in range(len(job.rows))]
     assert sum(int((row != -100).sum()) for row in labels) == job.rows.num_targets
+
+
+# Where answers end, and what they are worth
+
+
+IM = ("<|im_start|>", "<|im_end|>")
+
+
+def with_chatml(model: Path, folder: Path) -> Path:
+    """The model with ChatML's tokens among its own, and another end of text, as base models come."""
+    decoder, known = load_model(model)
+    tokenizer = known.with_tokens(IM)
+    grow_vocabulary(decoder, known.vocab_size, tokenizer.vocab_size)
+    save_decoder(decoder, folder, bos_token_id=None, eos_token_id=tokenizer.eos_id)
+    tokenizer.save(folder)
+    return folder
+
+
+def test_generation_stops_where_the_template_ends_an_answer(tune_it: RunIt, pretrained: Make, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    base = with_chatml(pretrained("llama"), tmp_path / "base")
+    tune_it(tmp_path / "run", data="chat", model=str(base), chat_template="chatml", max_steps=1)
+    model = seedbed.load(tmp_path / "run")
+    end = model.tokenizer.encode_with_special_tokens("<|im_end|>")[0][0]
+    assert model.tokenizer.eos_token == "<|endoftext|>"
+    assert model.tokenizer.stop_ids == {0, end}
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "run/checkpoints/best")
+    assert set(theirs.eos_token_id) == {0, end}
+
+
+def test_added_tokens_are_found_in_the_text(tune_it: RunIt, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    data = tmp_path / "notes.jsonl"
+    rows = [{"question": f"What is {i}?", "answer": f"<note> It is {i}. </note>"} for i in range(9)]
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    tune_it(tmp_path / "run", data=str(data), add_tokens=["<note>", "</note>"], max_steps=1)
+    folder = tmp_path / "run/checkpoints/best"
+    ours, theirs = seedbed.load(folder).tokenizer, transformers.AutoTokenizer.from_pretrained(folder)
+    template = find_template(ours, None, "qa")
+    example = template.example([{"role": "user", "content": "a"}, {"role": "assistant", "content": rows[3]["answer"]}])
+    assert {400, 401} <= {token for token, learnt in zip(example.token_ids, example.trained, strict=True) if learnt}
+    text = "A <note> here </note>"
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    assert ours.decode(ours.encode(text), skip_special_tokens=True) == text
+
+
+CALLS = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% if m['tool_calls'] %}{{ m['tool_calls']|tojson }}"
+    "{% endif %}<|endoftext|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_answers_that_only_call_tools(tune_it: RunIt, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What they are worth in bytes is what the template writes of them; a template that writes nothing is refused."""
+    call = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]
+    turns = [{"role": "user", "content": "How is it?"}, {"role": "assistant", "content": None, "tool_calls": call}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 8, encoding="utf-8")
+    (tmp_path / "calls.jinja").write_text(CALLS, encoding="utf-8")
+    data = str(tmp_path / "rows.jsonl")
+    chosen: dict[str, Any] = {"data": data, "max_steps": 1, "val_data": data}
+    outcome = tune_it(tmp_path / "run", **chosen, chat_template=str(tmp_path / "calls.jinja"))
+    assert run(["evaluate", "--model", str(tmp_path / "run"), "--data", data, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["bytes"] == 8 * len(json.dumps(call))
+    assert facts["bits_per_byte"] == pytest.approx(outcome.summary["bits_per_byte"], rel=1e-4)
+    with pytest.raises(DataError, match="prints nothing of an answer's tool_calls"):
+        tune_it(tmp_path / "other", **chosen, chat_template="chatml")
+
+
+def test_bits_per_byte_of_documents_that_are_cut(run_it: RunIt, tmp_path: Path) -> None:
+    """Against the text that is learnt, not against all of it."""
+    found = [run_it(tmp_path / str(on), packing=on, max_steps=20).summary["bits_per_byte"] for on in (True, False)]
+    assert found[1] == pytest.approx(found[0], rel=0.2)

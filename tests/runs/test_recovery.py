@@ -82,6 +82,32 @@ def test_going_back_goes_on_after_a_stop(run_it: RunIt, tmp_path: Path, monkeypa
         assert read_state(final) == read_state(tmp_path / "straight/checkpoints/final")
 
 
+@pytest.mark.parametrize("value", [math.nan, 1e30])
+def test_weights_that_went_bad_are_left_behind(
+    run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """No row is at fault: what was saved since holds the same weights, so the way back leads past it."""
+    take = step.take_step
+    spoilt: list[bool] = []
+
+    def take_and_spoil(job: Job, used: float) -> Any:
+        result = take(job, used)
+        if job.state.step == 22 and not spoilt:
+            spoilt.append(True)
+            with torch.no_grad():
+                next(job.model.parameters()).view(-1)[0] = value
+        return result
+
+    monkeypatch.setattr(loop, "take_step", take_and_spoil)
+    outcome = run_it(tmp_path / "a", **{**OPTIONS, "save_every": 2, "keep_checkpoints": 2, "eval_every": 60})
+    assert outcome.summary["status"] == "done"
+    backs = events(tmp_path / "a", "roll_back")
+    assert [back["to"] for back in backs] == [32, 22]
+    require_finite(tmp_path / "a")
+    for checkpoint in (tmp_path / "a/checkpoints").iterdir():
+        assert torch.isfinite(load_file(checkpoint / "model.safetensors")["model.embed_tokens.weight"]).all()
+
+
 def test_a_run_that_stays_bad_ends(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, lambda job: job.state.step >= 25, math.nan)
     with pytest.raises(DivergedError, match=f"also after going back {MOST_ROLLBACKS} times"):

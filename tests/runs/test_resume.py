@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from seedbed.errors import CheckpointError, ConfigError
+from seedbed.parsing import parse_yaml
 from seedbed.runs.folder import read_records
 from seedbed.train.resume import AlreadyFinished, open_run
-from tests.runs.conftest import RunIt, read_metrics, same_run
+from tests.runs.conftest import RunIt, read_metrics, read_state, same_run
 
 # Dropout, two micro-batches a step, validations inside and at the end of epochs, patience that counts.
 OPTIONS: dict[str, Any] = {
@@ -170,6 +171,31 @@ def test_default_output_of_a_finished_run_gets_a_number(
     assert not isinstance(second, AlreadyFinished)
     assert second.run.path.name == f"{first.run.path.name}-2"
     second.run.close()
+
+
+def test_a_branch_that_gets_no_better_has_a_best_of_its_own(run_it: RunIt, tmp_path: Path) -> None:
+    options = {**OPTIONS, "keep_checkpoints": 0, "early_stopping_patience": 1, "epochs": 9, "eval_every": 2}
+    run_it(tmp_path / "a", **options)
+    checkpoint = tmp_path / "a/checkpoints/step-4"
+    ruined = {**options, "learning_rate": 5.0, "min_lr": 5.0, "max_steps": 400}
+    outcome = run_it(tmp_path / "b", resume_from=str(checkpoint), **ruined)
+    assert outcome.summary["status"] == "early_stopped"
+    assert read_state(tmp_path / "b/checkpoints/best")["best_step"] == outcome.summary["best_step"] > 4
+
+
+def test_one_way_to_warm_up_replaces_the_other(run_it: RunIt, tmp_path: Path) -> None:
+    run_it(tmp_path / "a", **{**OPTIONS, "warmup_steps": 3, "keep_checkpoints": 0})
+    checkpoint = tmp_path / "a/checkpoints/step-4"
+    run_it(tmp_path / "b", resume_from=str(checkpoint), **{**OPTIONS, "warmup_ratio": 0.5})
+    saved = parse_yaml((tmp_path / "b/config.yaml").read_text())
+    assert (saved["warmup_steps"], saved["warmup_ratio"]) == (None, 0.5)
+
+
+def test_checkpoints_without_their_config_are_not_overwritten(run_it: RunIt, tmp_path: Path) -> None:
+    run_it(tmp_path / "a", stop_at=4, **OPTIONS)
+    (tmp_path / "a/config.yaml").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.yaml that says what run they are of"):
+        run_it(tmp_path / "a", **OPTIONS)
 
 
 def test_going_on_with_other_batches_counts_epochs_anew(run_it: RunIt, tmp_path: Path) -> None:

@@ -13,13 +13,16 @@ import fsspec
 import numpy as np
 import pytest
 
+from seedbed.cli.app import run
 from seedbed.data.python_docs import python_docs
 from seedbed.data.rows import PackedRows
 from seedbed.data.sources import from_texts
 from seedbed.data.store import Reading, open_store
 from seedbed.data.streaming import ShardRows, StreamedRows, find_shards
 from seedbed.errors import ConfigError, DataError, MissingExtra
+from seedbed.runs.info import read_run
 from seedbed.text.tokenizer import train_char
+from seedbed.train.corpus import open_run_texts
 from tests.runs.conftest import RunIt, read_metrics, same_run
 from tests.runs.test_distributed import EQUAL, Together, curve
 
@@ -98,6 +101,22 @@ def test_a_run_goes_on_at_its_place(run_it: RunIt, shards: Path, tmp_path: Path)
     same_run(tmp_path / "stopped", tmp_path / "straight")
     state = json.loads((tmp_path / "straight/checkpoints/final/seedbed/state.json").read_text())
     assert len(state["shard_rows"]) > 1
+
+
+def test_what_a_run_held_out_is_of_the_shard_that_it_divided(
+    run_it: RunIt, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of all files together other documents would be held out, most of which it learnt."""
+    outcome = run_it(tmp_path / "run", **{**STREAMING, "data": str(shards), "max_steps": 3, "max_seq_len": 16})
+    held_out = list(open_run_texts(read_run(tmp_path / "run").options, "run").held_out_documents())
+    first = [json.loads(line)["text"] for line in (shards / "part-0.jsonl").read_text().splitlines()]
+    assert set(held_out) <= set(first)
+    assert len(held_out) == outcome.summary["text"]["val_documents"]
+    capsys.readouterr()
+    assert run(["evaluate", "--model", str(tmp_path / "run"), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["bytes"] == sum(len(text.encode()) for text in held_out)
+    assert "Warning" not in printed.err
 
 
 def test_several_processes_stream_the_same(shards: Path, tmp_path: Path) -> None:

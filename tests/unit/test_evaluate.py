@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from seedbed.data.conversations import to_document
 from seedbed.errors import ConfigError, DataError
 from seedbed.evaluate import Evaluation, evaluate, windows
 from seedbed.model.config import from_scratch
 from seedbed.model.decoder import Decoder
+from seedbed.text.template import find_template
 from seedbed.text.tokenizer import Tokenizer, train_char
 
 TEXT = "to be, or not to be: that is the question"
@@ -130,6 +132,22 @@ def test_dropout_is_off_and_the_mode_is_restored(model: Decoder, tokenizer: Toke
     model.eval()
     assert evaluate(model, tokenizer, [TEXT], max_seq_len=8) == first
     assert not model.training
+
+
+def test_of_a_conversation_that_is_cut_only_what_is_scored_counts(model: Decoder, tokenizer: Tokenizer) -> None:
+    """The bytes and words of what was cut would make any model look good."""
+    template = find_template(tokenizer, "plain", "completion")
+    answer = " ".join(["to"] * 9)
+    turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": answer}]
+    whole, cut = (
+        evaluate(model, tokenizer, [to_document(turns)], max_seq_len=length, template=template) for length in (32, 15)
+    )
+    assert (whole.cut, cut.cut) == (0, 1)
+    assert whole.bytes == len(answer)
+    assert cut.bytes / whole.bytes == pytest.approx(cut.tokens / whole.tokens, rel=0.1)
+    assert cut.words / whole.words == pytest.approx(cut.tokens / whole.tokens, rel=0.1)
+    with pytest.raises(DataError, match=r"none has an answer that begins within 2 tokens\. Raise --max_seq_len"):
+        evaluate(model, tokenizer, [to_document(turns)], max_seq_len=2, template=template)
 
 
 class EnoughError(Exception):

@@ -172,12 +172,24 @@ class Template:
         trained = [True] * len(ids) if train_on_prompt else _overlapping(learnt, offsets, special)
         if open_end:
             ids, trained = [*ids, self._tokenizer.eos_id], [*trained, True]
-        spans = answers or [(0, 0)] * len(messages)
-        said = [
-            text[begin:end] if any(message.get(key) for key in BESIDE_CONTENT) else message["content"]
-            for message, (begin, end) in zip(_answering(messages), spans, strict=False)
-        ]
-        return Example(ids, trained, ends, said)
+        return Example(ids, trained, ends, self._said(messages, text, answers))
+
+    def _said(self, messages: Sequence[Message], text: str, answers: Sequence[Span]) -> list[str]:
+        said = [message["content"] for message in _answering(messages)]
+        for place, (message, (begin, end)) in enumerate(zip(_answering(messages), answers, strict=False)):
+            if _has_more(message):
+                said[place] = self._end.sub("", text[begin:end].strip())
+                if not said[place]:
+                    raise DataError(
+                        f"chat template {self.name} prints nothing of an answer's {' or '.join(BESIDE_CONTENT)} in "
+                        f"{_describe(messages)}; choose a --chat_template that does, or leave such rows out"
+                    )
+        return said
+
+    @cached_property
+    def _end(self) -> re.Pattern[str]:
+        """A special token's name at the end of a text."""
+        return re.compile(f"(?:{'|'.join(map(re.escape, self._tokenizer.special_tokens))})$")
 
     def _render(self, messages: Sequence[Message], prompt: bool = False, generation: tuple[str, str] = ("", "")) -> str:
         variables = {
@@ -247,7 +259,7 @@ class Template:
             places = self._places(messages, text, (first, last), generation=(first, last))
             if places and len(places[0]) == len(places[1]) > 0:
                 return list(zip(*places, strict=True))
-        if not any(message.get(key) for message in _answering(messages) for key in BESIDE_CONTENT):
+        if not any(map(_has_more, _answering(messages))):
             # A template that strips contents prints the marks, too, only if the white space is outside of them.
             for strip in (False, True):
                 found = self._marked_answers(messages, text, first, last, strip)
@@ -295,12 +307,8 @@ class Template:
                 spans.append((len(before), ends[len(spans)]))
             else:
                 self._refuse_to_guess(messages)
-            said = [key for key in ("content", *BESIDE_CONTENT) if str(message.get(key) or "").strip()]
-            if said and spans[-1][0] == spans[-1][1]:
-                raise DataError(
-                    f"chat template {self.name} prints nothing of the {' and '.join(said)} of an answer in "
-                    f"{_describe(messages)}; choose a --chat_template that does, or leave such rows out"
-                )
+            if message["content"].strip() and spans[-1][0] == spans[-1][1]:  # it prints no answer at all
+                self._refuse_to_guess(messages)
         return spans
 
     def _refuse_to_guess(self, messages: Sequence[Message]) -> NoReturn:
@@ -355,6 +363,11 @@ def _overlapping(spans: Iterable[Span], offsets: Sequence[Span], special: Sequen
 
 def _answering(messages: Sequence[Message]) -> list[Message]:
     return [message for message in messages if message["role"] == "assistant"]
+
+
+def _has_more(message: Message) -> bool:
+    """Whether there is more to an answer than its content."""
+    return any(map(message.get, BESIDE_CONTENT))
 
 
 def _with_answers(messages: Sequence[Message], change: Callable[[str], str]) -> list[Message]:

@@ -141,3 +141,17 @@ def test_a_model_that_was_not_taught_to_answer_does_not_chat(
     for words in (["chat"], ["generate", "--chat", "--prompt", "Hello"]):
         assert run([*words, "--model", str(tiny_run)]) == 2
         assert "no chat template" in capsys.readouterr().err
+
+
+def test_evaluate_says_that_a_runs_text_has_changed(
+    small_text_file: Path, tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(small_text_file.read_bytes())
+    assert run(["pretrain", "--data", str(text), *tiny_flags, "--max_steps", "1", "--output", str(tmp_path / "a")]) == 0
+    words = ["evaluate", "--model", str(tmp_path / "a")]
+    assert run(words) == 0
+    assert "Warning" not in capsys.readouterr().err
+    text.write_bytes(small_text_file.read_bytes() * 2)
+    assert run(words) == 0
+    assert f"Warning: {text} is not the text that {tmp_path / 'a'} learnt from" in capsys.readouterr().err
