@@ -185,19 +185,10 @@ def adapter_state(model: Decoder) -> dict[str, Tensor]:
 
 def num_trainable(config: DecoderConfig, adapter: Adapter) -> int:
     """How many numbers training with this adapter changes; takes no memory for them."""
-    return sum(p.numel() for p in _on_meta(config, adapter).parameters() if p.requires_grad)
-
-
-def num_total(config: DecoderConfig, adapter: Adapter) -> int:
-    """How many numbers a model with this adapter holds, frozen ones and all; takes no memory for them."""
-    return sum(p.numel() for p in _on_meta(config, adapter).parameters())
-
-
-def _on_meta(config: DecoderConfig, adapter: Adapter) -> Decoder:
     with torch.device("meta"):
         model = Decoder(config)
     add_adapter(model, adapter)
-    return model
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _replace(model: Decoder, name: str, layer: nn.Linear) -> None:

@@ -1,4 +1,4 @@
-"""Verbs that train, or say what training would take."""
+"""Verbs that train."""
 
 from __future__ import annotations
 

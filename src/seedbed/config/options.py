@@ -412,7 +412,7 @@ FREE_TO_CHANGE = frozenset(
         "allow",
     ]
 )
-"""Options an unfinished run may be continued with at another value: none of them changes its numbers."""
+"""Options an unfinished run may be continued with at another value: none of them changes its rows or their order."""
 
 
 def option_names(regime: str) -> list[str]:

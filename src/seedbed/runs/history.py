@@ -131,11 +131,6 @@ class History:
         return history
 
 
-def valid_domain(name: str) -> bool:
-    """Whether `name` can name a domain, and so a folder."""
-    return DOMAIN_NAME.fullmatch(name) is not None
-
-
 def read_history(folder: Path) -> History | None:
     """The history of the model in `folder`; None when it has none.
 

@@ -91,7 +91,7 @@ def _tables(path: Path) -> Iterator[tuple[tuple[str, ...], Floats]]:
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    """The file's whole lines, a few megabytes at a time; what was cut off while it was written is left out."""
+    """The file's whole lines, a block at a time; what was cut off while it was written is left out."""
     rest = b""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as stream:
         while block := stream.read(CHUNK):

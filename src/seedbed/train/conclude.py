@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seedbed import distributed
+from seedbed import distributed, parallel
 from seedbed.adapter import CONFIG_FILE as ADAPTER_FILE
 from seedbed.checkpoint import link_checkpoint, load_model, read_optimizer, read_state, save_checkpoint
 from seedbed.device import peak_memory_mb
@@ -121,9 +121,9 @@ class Conclusion:
     def _settle(self, job: Job, folder: Path | None, display: Display, request: StopRequest) -> float | None:
         """Give the job's model the weights to end with; returns the share of the new ones, None after a signal."""
         if folder is None:
-            load_into(job.model, self.load_old())
+            parallel.load(job.model, self.load_old())
             return 0.0
-        load_into(job.model, load_model(folder)[0])
+        parallel.load(job.model, load_model(folder)[0])
         return self._mix(job, display, request) if self.interpolate else 1.0
 
     def _as_it_was(self, job: Job) -> tuple[Decoder, Tokenizer]:
@@ -188,15 +188,6 @@ def set_share(model: Decoder, old: Mapping[str, Tensor], new: Mapping[str, Tenso
     """Give the trainable weights of `model` the values  (1 - share) · old + share · new."""
     for name, tensor in new.items():
         model.get_parameter(name).copy_(torch.lerp(old[name], tensor, share))
-
-
-@torch.no_grad()
-def load_into(model: Decoder, source: Decoder) -> None:
-    """Give the trainable weights of `model` those of `source`, a model of the same shape."""
-    others = dict(source.named_parameters())
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.copy_(others[name])
 
 
 def results(stage: Stage) -> dict[str, object]:

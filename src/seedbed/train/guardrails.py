@@ -49,8 +49,6 @@ class Facts:
     total_steps: int | None = None
     steps_per_epoch: int | None = None
     warmup_steps: int | None = None
-    tokens: int | None = None
-    """Targets in one epoch."""
     documents: int | None = None
     """Training documents or examples."""
     truncated: int | None = None
@@ -62,7 +60,6 @@ class Facts:
     end_masked: int | None = None
     """Examples whose answer's end is not a target."""
     trained_tokens: int | None = None
-    all_tokens: int | None = None
 
 
 def check(facts: Facts) -> list[Finding]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from seedbed import distributed
-from seedbed.config import TrainingOptions, WatchOptions
+from seedbed.config import SamplingOptions, TrainingOptions, WatchOptions
 from seedbed.data.batches import Batch, collate
 from seedbed.data.rows import NO_TARGET, Row, Rows
 from seedbed.data.streaming import StreamedRows
@@ -28,6 +28,9 @@ from seedbed.train.guard import Guard
 from seedbed.train.progress import Display
 from seedbed.train.state import TrainingState
 from seedbed.train.stopping import StopRequest
+
+SAMPLE = SamplingOptions(max_new_tokens=60)
+"""What a model writes at each validation."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import torch
 
 from seedbed import distributed
 from seedbed.checkpoint import link_checkpoint, read_state
-from seedbed.config import SamplingOptions
 from seedbed.data.rows import Rows
 from seedbed.device import autocast, describe, is_out_of_memory, peak_memory_mb
 from seedbed.errors import DivergedError, OutOfMemoryError, SeedbedError, StorageError
@@ -21,7 +20,7 @@ from seedbed.parallel import with_weights
 from seedbed.runs.folder import FINISHED, read_summary
 from seedbed.runs.series import NOTHING, read_series
 from seedbed.train.guard import Guard
-from seedbed.train.job import Job
+from seedbed.train.job import SAMPLE, Job
 from seedbed.train.measure import held_out_loss
 from seedbed.train.progress import Display, perplexity
 from seedbed.train.recovery import Recovery, nothing_fits
@@ -33,7 +32,6 @@ from seedbed.train.verdict import LiveDiagnosis
 
 TIME_LIMIT_EXIT_CODE = 75
 MOST_FORGETTING = 1e6  # stands for a loss that is not finite, which JSON has no word for
-SAMPLE = SamplingOptions(max_new_tokens=60)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from seedbed.config import WatchOptions
 from seedbed.loss import IGNORE
 from seedbed.model.decoder import Decoder
+from seedbed.train.job import SAMPLE
 from seedbed.train.length import steps_per_epoch
-from seedbed.train.loop import SAMPLE
 from seedbed.train.trial import Costs, block_flops, head_flops, kinds_of
 from seedbed.train.workload import Look, Workload, sizes_of, ways_to_keep
 

@@ -151,9 +151,7 @@ def look_ahead(
         untrained=rows.untrained_documents if isinstance(rows, WholeRows) else 0,
         longest=corpus.longest if isinstance(rows, WholeRows) else None,
         end_masked=corpus.without_end,
-        tokens=rows.num_targets,
         trained_tokens=rows.num_targets,
-        all_tokens=corpus.all_tokens,
     )
     findings = check(facts)
     if config.regime == "scratch":

@@ -32,14 +32,12 @@ SOUND = {
     "total_steps": 400,
     "steps_per_epoch": 134,
     "warmup_steps": 40,
-    "tokens": 100_000,
     "documents": 1100,
     "truncated": 0,
     "longest": 120,
     "untrained": 0,
     "end_masked": 0,
     "trained_tokens": 40_000,
-    "all_tokens": 100_000,
 }
 
 
