@@ -65,7 +65,9 @@ def save_checkpoint(
     Raises:
         StorageError: the disk is full or refuses; `folder` is as it was before.
     """
-    with _written_whole(folder) as temporary, _sealed(temporary) as begin_with:
+    weights = (p.nbytes for p in model.parameters() if model.adapter is None or p.requires_grad)
+    needed = sum(weights) + sum(tensor.nbytes for tensor in (optimizer or {}).values())
+    with _written_whole(folder, needed) as temporary, _sealed(temporary) as begin_with:
         (temporary / "seedbed").mkdir()
         if optimizer is not None:
             save_file(dict(optimizer), temporary / OPTIMIZER)
@@ -344,14 +346,14 @@ def require_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise StorageError(
-            f"{folder}: the first checkpoint needs {num_bytes / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free; "
+            f"{folder}: the first checkpoint needs {num_bytes / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free; "
             "free some space, or choose another --output"
         )
 
 
 @contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
-    """A hidden empty folder to fill; at the end it is flushed to the disk and becomes `folder`.
+def _written_whole(folder: Path, needed: int = 0) -> Iterator[Path]:
+    """A hidden empty folder to fill with so many bytes; at the end it is flushed to the disk and becomes `folder`.
 
     A folder that is there is replaced only then. On an error it is as it was, and nothing is left beside it.
 
@@ -364,8 +366,8 @@ def _written_whole(folder: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         _commit(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        raise _storage_error(folder, error) from error
+    except (OSError, SafetensorError, StorageError) as error:
+        raise _storage_error(folder, error, needed) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -466,10 +468,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _storage_error(folder: Path, error: Exception) -> StorageError:
-    free = shutil.disk_usage(folder.parent).free
+def _storage_error(folder: Path, error: Exception, needed: int = 0) -> StorageError:
+    cause = error.__cause__ if isinstance(error, StorageError) and error.__cause__ else error
+    free, takes = shutil.disk_usage(folder.parent).free, f"it takes {needed / 1e6:,.1f} MB, and " if needed else ""
     return StorageError(
-        f"{folder}: the checkpoint could not be written ({error}); {free / 1e6:,.0f} MB are free. "
+        f"{folder}: the checkpoint could not be written ({cause}); {takes}{free / 1e6:,.1f} MB are free. "
         "Free some space and run the same command again"
     )
 

@@ -406,10 +406,22 @@ def test_a_link_that_fails_half_way_leaves_the_older_one(save: Save, monkeypatch
     assert {path.name for path in best.parent.iterdir()} == {"best", "final"}
 
 
+@pytest.mark.parametrize("writes", ["save_decoder", "save_file"])
+def test_a_full_disk_is_told_with_what_is_needed_and_free(
+    save: Save, monkeypatch: pytest.MonkeyPatch, writes: str
+) -> None:
+    home = weights if writes == "save_decoder" else ckpt
+    monkeypatch.setattr(home, "save_file", no_space)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2_000_000))
+    says = r"/best: the checkpoint could not be written \(.*No space.*\); it takes 0\.\d MB, and 2\.0 MB are free"
+    with pytest.raises(StorageError, match=says):
+        save("best")
+
+
 def test_room_for_the_first_checkpoint_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2_000_000))
     require_space(tmp_path, 2_000_000)
-    with pytest.raises(StorageError, match="needs 3 MB and 2 MB are free"):
+    with pytest.raises(StorageError, match=r"needs 3\.0 MB and 2\.0 MB are free"):
         require_space(tmp_path, 3_000_000)
 
 
