@@ -477,6 +477,11 @@ def _storage_error(folder: Path, error: Exception, needed: int = 0) -> StorageEr
     )
 
 
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints of a run, by name; none where it is no run."""
+    return sorted(path for path in _folders(run / "checkpoints") if is_model_folder(path))
+
+
 def _folders(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []

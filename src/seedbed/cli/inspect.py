@@ -230,15 +230,17 @@ def _print_row(row: Row, loaded: Tokenizer, console: Console) -> None:
 @json_option
 @click.pass_context
 def verify(ctx: click.Context, folder: str, as_json: bool) -> None:
-    """Check every byte of a checkpoint against its manifest."""
+    """Check every byte of a checkpoint, or of all those of a run, against its manifest."""
     refuse_unknown(ctx)
-    from seedbed.checkpoint import damage, find_model
+    from seedbed.checkpoint import checkpoints_of, damage, find_model
 
     path = find_model(folder)
-    problems = damage(path)
+    found = {checkpoint: damage(checkpoint) for checkpoint in checkpoints_of(Path(folder)) or [path]}
+    damaged = {checkpoint: problems for checkpoint, problems in found.items() if problems}
     if as_json:
-        print_json({"checkpoint": str(path), "intact": not problems, "problems": problems})
-    if problems:
-        raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
+        problems = [problem if len(found) == 1 else f"{of.name}/{problem}" for of in damaged for problem in damaged[of]]
+        print_json({"checkpoint": str(path), "intact": not damaged, "problems": problems})
+    if damaged:
+        raise CheckpointError("\n".join(f"{of} is damaged: {'; '.join(what)}" for of, what in damaged.items()))
     if not as_json:
-        click.echo(f"{path} is intact")
+        click.echo("\n".join(f"{checkpoint} is intact" for checkpoint in found))

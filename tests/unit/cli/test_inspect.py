@@ -195,6 +195,19 @@ def test_verify(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "model.safetensors: 5 bytes" in capsys.readouterr().err
 
 
+def test_verify_looks_at_all_checkpoints_of_a_run(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(tiny_run, copy)
+    assert run(["verify", str(copy)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(list((copy / "checkpoints").iterdir())) > 2
+    (copy / "checkpoints/step-3/model.safetensors").write_bytes(b"short")
+    facts = run_json(["verify", str(copy)], capsys, code=4)
+    [problem] = facts["problems"]
+    assert problem.startswith("step-3/model.safetensors: 5 bytes")
+
+
 def test_verify_of_a_folder_without_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert run(["verify", str(tmp_path)]) == 4
