@@ -244,7 +244,9 @@ def _load_base(folder: Path) -> Decoder:
 def _require_intact(folder: Path) -> None:
     """A folder of ours has every byte checked; another program's has nothing to check against."""
     if ((folder / MANIFEST).exists() or (folder / STATE).exists()) and (problems := damage(folder)):
-        raise CheckpointError(f"{folder}: damaged: {'; '.join(problems)}")
+        whole = newest_intact(folder.parent)[0] if folder.parent.name == "checkpoints" else None
+        instead = f"; {whole} is whole" if whole else ""
+        raise CheckpointError(f"{folder}: damaged: {'; '.join(problems)}{instead}")
 
 
 def require_match(config: DecoderConfig, tokenizer: Tokenizer, name: str) -> None:

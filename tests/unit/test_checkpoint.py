@@ -224,6 +224,13 @@ def test_a_manifest_that_says_too_little_is_damaged(save: Save, change: Callable
         damage(manifest.parent.parent)
 
 
+def test_a_damaged_model_is_refused_with_one_that_is_whole(save: Save) -> None:
+    best, step = save("best", 1), save("step-2", 2)
+    flip_one_bit(best / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"best: damaged: model\.safetensors: .*; {step} is whole"):
+        load_model(best.parent.parent)
+
+
 def test_files_beside_those_of_the_manifest_and_none_at_all(save: Save) -> None:
     folder = save("best")
     (folder / "seedbed/optimizer-00002-of-00002.safetensors").write_bytes(b"")
