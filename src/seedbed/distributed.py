@@ -222,7 +222,8 @@ class _Group:
             dist.init_process_group(backend, store=pairs, rank=self.rank, world_size=self.size, timeout=late)
         except (RuntimeError, ValueError) as error:
             raise LostProcessError(
-                f"the processes that were started together do not find each other ({error}); start them with torchrun"
+                f"the processes that were started together do not find each other ({error}); start them with torchrun, "
+                "and see whether one of them said why it left"
             ) from error
         self._ended = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from seedbed.config import TrainingOptions
 from seedbed.errors import ConfigError
 from seedbed.lowbit import DEVICES, import_bitsandbytes
-from seedbed.parallel import like, own_part
+from seedbed.parallel import is_part, like, own_part
 
 _MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
 """Adam's two moments, and the numbers they have in bitsandbytes."""
@@ -53,7 +53,8 @@ def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.O
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = _decay_groups(trainable, options.weight_decay)
     if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.beta1, fused=True)
+        fused = not any(map(is_part, trainable))  # no kernel for parts of weights
+        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.beta1, fused=fused)
     adam: dict[str, Any] = {
         "lr": options.learning_rate,
         "betas": (options.beta1, options.beta2),

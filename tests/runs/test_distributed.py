@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -413,6 +414,37 @@ def test_what_is_wrong_is_said_once_and_ends_all(
     assert word in said
     assert said.count("error: ") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_text_that_differs_between_machines_is_told(
+    together: Together, tmp_path: Path, small_text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same name, and on another machine another file."""
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    text = small_text_file.read_text(encoding="utf-8")
+    (tmp_path / "0/text.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "1/text.txt").write_text(text.replace("the", "teh"), encoding="utf-8")
+    real = distributed.joined
+
+    @contextlib.contextmanager
+    def elsewhere() -> Iterator[None]:
+        with real():
+            os.chdir(tmp_path / str(distributed.rank()))
+            yield
+
+    monkeypatch.setattr(distributed, "joined", elsewhere)
+    assert together(2, tmp_path / "run", data="text.txt") == [3, 3]
+    said = together.said(0) + together.said(1)
+    assert "--data text.txt: not the text that the first process reads" in said
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_plain_descent_on_a_model_in_parts(together: Together, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"optimizer": "sgd", "max_steps": 4}
+    assert together(1, tmp_path / "one", batch_size=8, **options) == [0]
+    assert together(2, tmp_path / "two", batch_size=4, parallel="fsdp", **options) == [0, 0]
+    same_curve(tmp_path / "two", tmp_path / "one")
 
 
 def test_optimizer_parts_are_what_one_process_has(together: Together, tmp_path: Path) -> None:

@@ -416,7 +416,8 @@ def start_of(kind: str, tune_it: RunIt, pretrained: Make, tmp_path: Path) -> Pat
         for path in (adapter / "checkpoints/best").iterdir():
             if path.is_file() and not path.name.startswith("adapter_"):
                 path.unlink()
-        (adapter / "checkpoints/best/seedbed/manifest.json").unlink()
+        for name in ("manifest", "state"):  # as another program would have made it
+            (adapter / f"checkpoints/best/seedbed/{name}.json").unlink()
     return adapter
 
 

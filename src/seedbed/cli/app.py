@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 
 import click
 
 from seedbed import __version__
-from seedbed.cli.console import is_first
 from seedbed.errors import ConfigError, SeedbedError
 
 UNUSABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
@@ -108,8 +108,8 @@ def _require_utf8(arguments: Sequence[str]) -> None:
 
 
 def _show(error: SeedbedError) -> None:
-    """Once, of the processes that torchrun started together."""
-    if not is_first() if error.told is None else error.told:
+    """Once, of the processes that torchrun started together; before they have met, once on each machine."""
+    if os.environ.get("LOCAL_RANK", "0") != "0" if error.told is None else error.told:
         return
     for line in str(error).splitlines():
         click.echo(f"error: {line}", err=True)

@@ -145,10 +145,9 @@ def show_data(ctx: click.Context, /, num: int, model: str | None, as_json: bool,
     config = resolve("scratch", layers(ctx, "scratch", DataOptions.model_fields))
     if model is not None and config.is_given("tokenizer"):
         raise ConfigError("--tokenizer and --model both name a tokenizer; leave one of them out")
-    from seedbed.data import Reading
     from seedbed.train.corpus import make_tokenizer, open_training_texts, require_a_row, tokenize
     from seedbed.train.finetune import base_folder
-    from seedbed.train.ingredients import template_for, with_template
+    from seedbed.train.ingredients import reading_of
     from seedbed.train.progress import Display
 
     if model is not None:
@@ -159,9 +158,8 @@ def show_data(ctx: click.Context, /, num: int, model: str | None, as_json: bool,
     texts = open_training_texts(options)
     require_a_row(texts, options.max_seq_len)
     loaded = make_tokenizer(options, texts, display)
-    loaded = with_template(loaded, template_for(config, texts, loaded))
-    reading = Reading(loaded, template_for(config, texts, loaded), options.train_on_prompt)
-    corpus = tokenize(texts, reading, options, config.training, display)
+    reading = reading_of(config, texts, loaded)
+    loaded, corpus = reading.tokenizer, tokenize(texts, reading, options, config.training, display)
     rows = [corpus.rows.row(0, index) for index in range(min(num, len(corpus.rows)))]
     if as_json:
         print_json(

@@ -17,7 +17,7 @@ from seedbed.data import WholeRows
 from seedbed.data.conversations import from_document
 from seedbed.data.streaming import StreamedRows
 from seedbed.device import Precision, envelope, keep_memory, pick_device, pick_precision
-from seedbed.errors import ConfigError
+from seedbed.errors import ConfigError, DataError
 from seedbed.findings import Finding, sift
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder, num_parameters
@@ -63,6 +63,7 @@ def build_job(start: Start, display: Display) -> Job:
         keep_memory()
     with distributed.weights_in_first_only(method == "fsdp"):
         made = gatherer(config)(start, config, display)
+    require_same_text(made)
     config, corpus, training, watching = made.config, made.corpus, made.config.training, made.config.watching
     sample = sample_prompt(made)
 
@@ -112,6 +113,18 @@ def build_job(start: Start, display: Display) -> Job:
             "forecast": expected.to_summary(),
         },
     )
+
+
+def require_same_text(made: Ingredients) -> None:
+    """Raise DataError when a process, on another machine perhaps, reads other text than the first."""
+    here = made.texts.fingerprint()
+    first = distributed.on_first(lambda: here)
+
+    def compare() -> None:
+        if here != first:
+            raise DataError(f"--data {made.texts.train.name}: not the text that the first process reads; copy it there")
+
+    distributed.together(compare)
 
 
 def settled(config: Config, precision: Precision) -> Config:

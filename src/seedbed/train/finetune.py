@@ -12,7 +12,6 @@ from seedbed import distributed
 from seedbed.adapter import load_adapter
 from seedbed.checkpoint import find_base, find_model, load_model, require_match, tokenizer_folder
 from seedbed.config import AdaptOptions, Config, preset_names, read_preset
-from seedbed.data import Reading
 from seedbed.errors import ConfigError
 from seedbed.freeze import freeze
 from seedbed.lora import add_adapter, find_targets, merge_adapter
@@ -26,7 +25,7 @@ from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.announce import banner
 from seedbed.train.corpus import Corpus, Texts, open_training_texts, require_a_row, tokenize
-from seedbed.train.ingredients import Ingredients, require_room, saved_tokenizer, template_for, with_template
+from seedbed.train.ingredients import Ingredients, reading_of, require_room, saved_tokenizer, template_for
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
 
@@ -83,10 +82,9 @@ def prepare(config: Config, folder: Path, display: Display, saved: Tokenizer | N
             f"--chat_template {template.name} adds {', '.join(template.new_tokens)} to the vocabulary, and new tokens "
             "learn nothing while the embeddings are frozen; add --lora_embeddings, or choose --chat_template alpaca"
         )
-    tokenizer = with_template(saved or known, template, adapt.add_tokens)
-    template = template_for(config, texts, tokenizer)  # under the tokenizer that knows its tokens
-    corpus = tokenize(texts, Reading(tokenizer, template, data.train_on_prompt), data, config.training, display)
-    return Prepared(config, shape, adapter, texts, known, tokenizer, template, corpus)
+    reading = reading_of(config, texts, saved or known, adapt.add_tokens)
+    corpus = tokenize(texts, reading, data, config.training, display)
+    return Prepared(config, shape, adapter, texts, known, reading.tokenizer, reading.template, corpus)
 
 
 def base_folder(name: str) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from seedbed import distributed
 from seedbed.checkpoint import require_space
 from seedbed.config import Config
+from seedbed.data import Reading
 from seedbed.data.rows import Rows
 from seedbed.errors import ConfigError
 from seedbed.model.decoder import Decoder
@@ -53,6 +54,13 @@ def template_for(config: Config, texts: Texts, tokenizer: Tokenizer) -> Template
             raise ConfigError([f"--{name} {why}" for name in given])
         return None
     return find_template(tokenizer, config.data.chat_template, texts.train.format)
+
+
+def reading_of(config: Config, texts: Texts, tokenizer: Tokenizer, more: tuple[str, ...] = ()) -> Reading:
+    """How `texts` become tokens: with the template, and with the tokens that it needs and `more`."""
+    tokenizer = with_template(tokenizer, template_for(config, texts, tokenizer), more)
+    template = template_for(config, texts, tokenizer)  # under the tokenizer that knows its tokens
+    return Reading(tokenizer, template, config.data.train_on_prompt)
 
 
 def with_template(tokenizer: Tokenizer, template: Template | None, more: tuple[str, ...] = ()) -> Tokenizer:

@@ -10,7 +10,6 @@ import torch
 from seedbed import distributed
 from seedbed.checkpoint import require_match
 from seedbed.config import Config, DataOptions, ModelOptions
-from seedbed.data import Reading
 from seedbed.errors import ConfigError
 from seedbed.model.config import DecoderConfig, from_scratch
 from seedbed.model.decoder import Decoder, num_parameters
@@ -20,7 +19,7 @@ from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.announce import banner
 from seedbed.train.corpus import Corpus, Texts, make_tokenizer, open_training_texts, require_a_row, tokenize
-from seedbed.train.ingredients import Ingredients, require_room, saved_tokenizer, template_for, with_template
+from seedbed.train.ingredients import Ingredients, reading_of, require_room, saved_tokenizer
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
 
@@ -64,11 +63,9 @@ def read_own_texts(config: Config, display: Display, saved: Tokenizer | None, ru
     if run is not None:
         banner(display, config, texts, run)
     tokenizer = saved or make_tokenizer(data, texts, display)
-    template = template_for(config, texts, tokenizer)
-    tokenizer = with_template(tokenizer, template)
-    template = template_for(config, texts, tokenizer)  # under the tokenizer that knows its tokens
-    corpus = tokenize(texts, Reading(tokenizer, template, data.train_on_prompt), data, config.training, display)
-    return OwnTexts(texts, tokenizer, template, corpus)
+    reading = reading_of(config, texts, tokenizer)
+    corpus = tokenize(texts, reading, data, config.training, display)
+    return OwnTexts(texts, reading.tokenizer, reading.template, corpus)
 
 
 def decoder_config(model: ModelOptions, data: DataOptions, vocab_size: int) -> DecoderConfig:
