@@ -96,17 +96,15 @@ def envelope(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def keep_memory(keep: bool = True) -> None:
+def keep_memory() -> None:
     """Have the C library keep what this process frees for the next step, which asks for the same again (glibc's only).
 
-    Otherwise the system takes large blocks back and fills them with zeros each time before they are used. Without
-    `keep` it does so from 128 KiB on, and does not raise that limit by itself as it would: parts of weights come and
-    go in sizes that never fit again.
+    Otherwise the system takes large blocks back and fills them with zeros each time before they are used.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 2**30 if keep else 2**17)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**17)
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -59,7 +59,8 @@ def build_job(start: Start, display: Display) -> Job:
     method = pick_method(config, device, precision)
     if distributed.size() == 1 and config.is_given("parallel"):
         display.line("One process: --parallel has nothing to share; start several with torchrun (docs/distributed.md)")
-    keep_memory(method == "ddp")
+    if method == "ddp":  # parts of weights come and go in sizes that never fit again
+        keep_memory()
     with distributed.weights_in_first_only(method == "fsdp"):
         made = gatherer(config)(start, config, display)
     require_same_text(made)
