@@ -62,7 +62,8 @@ def model(learnt_once: Path, tmp_path: Path) -> Path:
     shutil.copytree(learnt_once / "law", tmp_path / "law")
     folder = tmp_path / "law/checkpoints/best"
     edit_history(folder, lambda text: text.replace(str(learnt_once / "base"), str(tmp_path / "parent")))
-    (folder / "seedbed/manifest.json").unlink()
+    for name in ("manifest", "state"):  # which would tell that it was edited
+        (folder / f"seedbed/{name}.json").unlink()
     return folder
 
 
