@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import click
 
 from seedbed import __version__
-from seedbed.errors import ConfigError, SeedbedError
+from seedbed.errors import ConfigError, OutOfMemoryError, SeedbedError
 
 UNUSABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
 SHOWN = 80  # characters of a name
@@ -92,12 +92,27 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        beginning = str(error).partition("\n")[0][: 2 * SHOWN] or "the system gives no more"
+        _show(OutOfMemoryError(f"out of memory ({beginning}); lower --batch_size or --max_seq_len, or free some"))
+        return OutOfMemoryError.exit_code
     except OSError as error:
         if error.errno not in UNUSABLE:
             raise
         _show(ConfigError(f"{str(error.filename)[:SHOWN]}: {error.strerror}; name another file or folder"))
         return ConfigError.exit_code
     return code if isinstance(code, int) else 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Also as torch says it, which is not loaded for every verb."""
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from seedbed.device import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _require_utf8(arguments: Sequence[str]) -> None:

@@ -143,6 +143,24 @@ def test_a_model_that_was_not_taught_to_answer_does_not_chat(
         assert "no chat template" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory: 9 bytes\nframe #0")]
+)
+def test_memory_that_runs_out_outside_of_training(
+    tiny_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_args: Any, **_options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("seedbed.evaluate.evaluate", fail)
+    assert run(["evaluate", "--model", str(tiny_run)]) == 7
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory (")
+    monkeypatch.setattr("seedbed.evaluate.evaluate", lambda *_args, **_options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(["evaluate", "--model", str(tiny_run)])
+
+
 def test_evaluate_says_that_a_runs_text_has_changed(
     small_text_file: Path, tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
