@@ -11,6 +11,10 @@ from pydantic.fields import FieldInfo
 
 from seedbed.cli.verb import unknown_flags
 from seedbed.config import FLAGS, REGIMES, Layer, Section, option_names, read_config_file, read_run_options
+from seedbed.errors import ConfigError
+
+TEXTS = ("data", "val_data", "general_data")
+"""Flags whose second value would not replace the first in the eyes of those who give both."""
 
 
 class SectionOption(click.Option):
@@ -18,16 +22,26 @@ class SectionOption(click.Option):
 
     def __init__(self, name: str, field: FieldInfo, section: type[Section], regimes: Sequence[str]) -> None:
         self.section = section.__doc__ or ""
-        many = typing.get_origin(field.annotation) is tuple
+        many, is_text = typing.get_origin(field.annotation) is tuple, name in TEXTS
         flag = f"--{name}/--no_{name}" if _is_bool(field) else f"--{name}"
         super().__init__(
             [flag],
             default=None,
-            multiple=many,
+            multiple=many or is_text,
+            callback=_only_one if is_text else None,
             type=None if _is_bool(field) else str,
             metavar=None if _is_bool(field) else _metavar(field),
             help=f"{field.description}{_default(name, field, regimes)}",
         )
+
+
+def _only_one(_ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> str | None:
+    if len(values) > 1:
+        raise ConfigError(
+            f"--{option.name} is given {len(values)} times ({', '.join(values)}); "
+            "name a folder, or a glob in quotes, that holds them all"
+        )
+    return values[0] if values else None
 
 
 def sections(*classes: type[Section], regimes: Sequence[str] = ("scratch",)) -> Callable[[Any], Any]:

@@ -258,6 +258,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"seedbed, version {__version__}\n"
 
 
+def test_text_is_named_once(small_text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["pretrain", "--data", str(small_text_file), "--data", "other.txt", "--epochs", "1"]
+    assert run(words) == 2
+    assert f"--data is given 2 times ({small_text_file}, other.txt); name a folder" in capsys.readouterr().err
+
+
 def test_hyphens_work_like_underscores(capsys: pytest.CaptureFixture[str]) -> None:
     shape = ["--vocab_size", "300", "--model", "tiny", "--json"]
     assert run(["plan", "pretrain", "--d_model", "48", "--no_tie_embeddings", *shape]) == 0
