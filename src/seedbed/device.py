@@ -116,9 +116,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give the memory that torch keeps for later back to a GPU."""
+    """Give the memory that is kept for later back: torch's on a GPU, the C library's on a CPU (glibc's only)."""
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory_mb(device: torch.device) -> float:

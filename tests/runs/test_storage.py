@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from seedbed.checkpoint import damage, link_checkpoint, save_checkpoint
-from seedbed.errors import StorageError
+from seedbed.errors import OutOfMemoryError, StorageError
 from seedbed.runs import folder as records
-from seedbed.runs.folder import RunFolder, read_records
+from seedbed.runs.folder import RunFolder, read_records, read_summary
 from seedbed.train import loop, saving
 from seedbed.train.step import take_step
 from tests.runs.conftest import RunIt, events, read_metrics, same_weights
@@ -210,3 +210,16 @@ def test_a_run_whose_folder_is_deleted_says_what_it_could_not_write(
     with pytest.raises(StorageError, match="No such file"):
         run_it(tmp_path / "a", max_steps=6, eval_every=6, report=True, log=said)
     assert "Warning: no report was written" in said.getvalue()
+
+
+def test_no_memory_for_the_last_save_is_told_as_that(
+    run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(saving, "PAUSES", (0.0,))
+    monkeypatch.setattr(saving, "save_checkpoint", fail)
+    with pytest.raises(OutOfMemoryError, match="no memory to save"):
+        run_it(tmp_path / "a", max_steps=2)
+    assert read_summary(tmp_path / "a")["status"] == "failed"

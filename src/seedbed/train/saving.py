@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from seedbed import distributed
 from seedbed.checkpoint import link_checkpoint, rotate, save_checkpoint, save_optimizer_part
 from seedbed.data.streaming import StreamedRows
-from seedbed.device import is_out_of_memory
-from seedbed.errors import StorageError
+from seedbed.device import empty_cache, is_out_of_memory
+from seedbed.errors import OutOfMemoryError, SeedbedError, StorageError
 from seedbed.model.decoder import Decoder
 from seedbed.optim import optimizer_tensors
 from seedbed.parallel import gathered, is_sharded, put_apart
@@ -207,6 +207,8 @@ class Saver:
                 distributed.together(_by_first(then))
             except (StorageError, OSError, MemoryError, RuntimeError) as error:
                 self._failure = error
+                if is_out_of_memory(error):
+                    empty_cache(self._job.device)
                 if distributed.is_first():
                     shutil.rmtree(_parts_of(folder), ignore_errors=True)
             else:
@@ -225,12 +227,20 @@ class Saver:
         self.newest = None
         (step, name, undo), run = self._about, self._job.run
         undo()
-        refused = failure if isinstance(failure, StorageError) else StorageError(f"{run.path}: {failure}")
+        refused = _told(failure, run.path)
         if last or self._failures >= MOST_FAILURES:
             raise refused
         run.event("save_failed", step, checkpoint=name, reason=str(refused))
         self._display.line(f"Step {step}: {refused}. Going on; earlier checkpoints are whole")
         return False
+
+
+def _told(failure: Exception, run: Path) -> SeedbedError:
+    if isinstance(failure, StorageError):
+        return failure
+    if is_out_of_memory(failure):
+        return OutOfMemoryError(f"{run}: no memory to save ({failure}); free some, and the same command goes on")
+    return StorageError(f"{run}: {failure}")
 
 
 def _by_first(work: Act) -> Act:
