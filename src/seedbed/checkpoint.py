@@ -39,6 +39,7 @@ from seedbed.model.decoder import Base, Decoder
 from seedbed.model.hub import find_pretrained
 from seedbed.model.weights import load_decoder, save_decoder, weights_fingerprint
 from seedbed.parsing import parse_json
+from seedbed.runs.folder import flush
 from seedbed.text.tokenizer import Tokenizer
 
 STATE = "seedbed/state.json"
@@ -426,7 +427,7 @@ def _sealed(
     with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(READERS) as readers:
 
         def begin_with(name: str) -> None:
-            begun[name] = disk.submit(_fsync, folder / name), readers.submit(entry, name)
+            begun[name] = disk.submit(flush, folder / name), readers.submit(entry, name)
 
         yield begin_with
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -438,7 +439,7 @@ def _sealed(
             flushed.result()
     (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=2), encoding="utf-8")
     for path in [folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        _fsync(path)
+        flush(path)
 
 
 def _commit(temporary: Path, folder: Path) -> None:
@@ -453,16 +454,8 @@ def _commit(temporary: Path, folder: Path) -> None:
         if old.exists():
             old.rename(folder)
         raise
-    _fsync(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:
@@ -495,8 +488,9 @@ def _step_of(folder: Path) -> int:
     if not (folder / MANIFEST).exists() and not (folder / STATE).exists():
         return -1
     try:
-        if hashlib.sha256(_read_small(folder / STATE)).hexdigest() == _manifest_entries(folder)[STATE]["sha256"]:
-            return int(read_state(folder)["step"])
-    except (CheckpointError, OSError, KeyError, TypeError, ValueError, OverflowError, AttributeError):
+        state = _read_small(folder / STATE)
+        if hashlib.sha256(state).hexdigest() == _manifest_entries(folder)[STATE]["sha256"]:
+            return int(parse_json(state)["step"])
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, AttributeError):
         pass
     return LAST_STEP

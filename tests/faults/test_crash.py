@@ -136,12 +136,12 @@ def test_a_power_cut_before_any_call(folder: Path, third_step: Saving, num_calls
             shutil.rmtree(where)
 
 
-@pytest.mark.parametrize("removed", ["_fsync", "_commit"])
+@pytest.mark.parametrize("removed", ["flush", "_commit"])
 def test_each_protection_is_needed(
     removed: str, folder: Path, third_step: Saving, num_calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without flushing, or without renaming what is whole, the tests above fail."""
-    replacements = {"_fsync": lambda _path: None, "_commit": written_in_place}
+    replacements = {"flush": lambda _path: None, "_commit": written_in_place}
     monkeypatch.setattr(module, removed, replacements[removed])
     choose, broken = random.Random(0), 0
     for dies_at in range(num_calls):

@@ -112,13 +112,13 @@ def test_killed_in_slow_saves(
     sitting: Sitting, straight: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: bool
 ) -> None:
     untouched, seconds = straight
-    flush = checkpoint._fsync
+    flush = checkpoint.flush  # type: ignore[attr-defined]
 
     def slowly(path: Path) -> None:
         time.sleep(0.01)
         flush(path)
 
-    monkeypatch.setattr(checkpoint, "_fsync", slowly)
+    monkeypatch.setattr(checkpoint, "flush", slowly)
     choose, kills, number = random.Random(1), 0, 0
     while kills < many(40):
         run = tmp_path / f"killed-{number}"

@@ -350,7 +350,7 @@ def no_space(*_: Any, **__: Any) -> None:
         pytest.param(weights, "save_file", id="weights"),
         pytest.param(ckpt, "save_file", id="optimizer"),
         pytest.param(ckpt, "_sha256", id="digest"),
-        pytest.param(ckpt, "_fsync", id="flush"),
+        pytest.param(ckpt, "flush", id="flush"),
         pytest.param(Tokenizer, "save", id="tokenizer"),
     ],
 )

@@ -36,6 +36,7 @@ from seedbed.data.conversations import from_document, split_key
 from seedbed.data.sources import Source
 from seedbed.errors import StorageError
 from seedbed.parsing import parse_json
+from seedbed.runs.folder import flush
 from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer, batches_of_text
 
@@ -399,8 +400,4 @@ def _flush(file: BinaryIO) -> None:
 
 def _flush_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):  # not every file system lets a folder be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(folder)
