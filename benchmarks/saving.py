@@ -1,6 +1,6 @@
 """What a checkpoint of a gigabyte costs: its save, the digests in it, the copy of `--async_save`, and loading it again.
 
-    python benchmarks/saving.py [--folder WHERE] [--repeats 15]
+    python benchmarks/saving.py [--folder WHERE] [--repeats 30]
 
 Figures go to `benchmarks/results/saving.json`, a table into `docs/reliability.md`. The machine should do nothing else.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -34,6 +35,8 @@ PAGE: Final = ROOT / "docs" / "reliability.md"
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """How long that takes on a disk that has nothing left to do: what was deleted last would slow it."""
+    os.sync()
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -55,7 +58,6 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
     where = folder / "checkpoint"
     ways: dict[str, Any] = {"save": contextlib.nullcontext(), "save without digests": without_digests()}
     for number in range(repeats):
-        # By turns the first: a disk is slower while it still works on what was deleted last.
         for name in sorted(ways, reverse=bool(number % 2)):
             with ways[name]:
                 rows[name].append(seconds(lambda: save_checkpoint(where, model, tokenizer, optimizer, {})))
@@ -85,7 +87,7 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to write; by default the system's temporary folder")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=30)
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
         found = measure(Path(folder), flags.repeats)
