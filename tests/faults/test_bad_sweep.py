@@ -76,7 +76,10 @@ def problems_of(folder: Path, text: str) -> list[str]:
         (TUNE + "runs: {a: {lora: no, lora_r: 8}}", ": --lora_r 8 (from runs.a) has no meaning without --lora"),
         ("verb: pretrain\nseeds: [0]\nbase: {model: tiny}", ": --data is missing: name a text file"),
         ("verb: finetune\nseeds: [0]\nbase: {data: a.txt}", ": --model is missing: name a model folder"),
-        ("verb: pretrain\nbase:\n  data: a\n  epochs: 1\n  data: b\nseeds: [0]", ", line 5: data stands on line 3 too"),
+        (
+            "verb: pretrain\nbase:\n  data: a\n  epochs: 1\n  data: b\nseeds: [0]",
+            ": not readable as YAML: line 5: data stands on line 3 too",
+        ),
     ],
 )
 def test_one_mistake(tmp_path: Path, text: str, said: str) -> None:

@@ -163,8 +163,8 @@ def _chat(row: Row, where: str) -> list[Message]:
     if not isinstance(turns, list):
         raise DataError(f"{where} has no list of messages; expected a column 'messages' or 'conversations'")
     messages = [_message(turn, f"{where}, message {number}") for number, turn in enumerate(turns, start=1)]
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where} has no message of the assistant, so there is nothing to learn; remove it")
+    if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
+        raise DataError(f"{where} has no message of the assistant to learn; remove it")
     return messages if messages[0]["role"] == "system" else [*_opening(row, where), *messages]
 
 
@@ -181,6 +181,11 @@ def _message(turn: Any, where: str) -> Message:
     if speaker not in ROLE_OF_SPEAKER:
         raise DataError(f"{where} has the role {speaker!r}; expected {', '.join(ROLE_OF_SPEAKER)}")
     others = {name: turn[name] for name in BESIDE_CONTENT if turn.get(name) is not None}
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1):
+        raise DataError(f"{where} has the weight {weight!r}; expected 1, or 0 for an answer that is not learnt")
+    if weight == 0:
+        others["weight"] = 0
     return {"role": ROLE_OF_SPEAKER[speaker], "content": content, **others}
 
 

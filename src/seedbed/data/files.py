@@ -114,12 +114,14 @@ def read_json_rows(path: Path) -> Iterator[tuple[str, Row]]:
     Raises DataError with the line of a row that is not JSON or not an object.
     """
     lines = split_lines(read_text(path), longest=2**63)
+    is_first = True
     for number, line in enumerate(lines, start=1):
         if line.isspace():
             continue
-        if number == 1 and line.lstrip().startswith("["):
-            yield from _read_json_array(path, line + "".join(lines))
+        if is_first and line.lstrip().startswith("["):
+            yield from _read_json_array(path, "\n" * (number - 1) + line + "".join(lines))
             return
+        is_first = False
         try:
             row = parse_json(line)
         except ValueError as error:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from seedbed.config import Section
 from seedbed.errors import ConfigError, did_you_mean
-from seedbed.parsing import PlainLoader
+from seedbed.parsing import parse_yaml
 
 Some = Field(min_length=1)
 
@@ -75,47 +73,17 @@ def read_sweep_file(path: Path) -> SweepFile:
         ConfigError: every key that is unknown, stands there twice, or holds something else than was expected.
     """
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        content = loader.get_single_data()
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: the sweep's file cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys such as `verb: finetune` and `grid:`; see docs/sweep.md")
-    problems = [f"{path}, {problem}" for problem in loader.twice]
     try:
-        file = SweepFile.model_validate(_with_underscores(content))
+        return SweepFile.model_validate(_with_underscores(content))
     except ValidationError as error:
-        problems += [f"{path}: {_explain(detail)}" for detail in error.errors()]
-        raise ConfigError(problems) from None
-    if problems:
-        raise ConfigError(problems)
-    return file
-
-
-class _Loader(PlainLoader):
-    """YAML in which 5e-5 is a number and a key that stands twice is remembered as a mistake."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.twice: list[str] = []
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
-            if key.value in lines:
-                self.twice.append(f"line {line}: {key.value} stands on line {lines[key.value]} too; leave one out")
-            lines[key.value] = line
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
-)
+        raise ConfigError([f"{path}: {_explain(detail)}" for detail in error.errors()]) from None
 
 
 def _with_underscores(content: Mapping[Any, Any]) -> dict[str, Any]:

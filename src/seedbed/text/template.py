@@ -34,7 +34,7 @@ from seedbed.text.sandbox import Sandbox
 from seedbed.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-"""`role` and `content`, both text, and what else the template may know."""
+"""`role` and `content`, both text, what else the template may know, and for an answer not to be learnt `weight` 0."""
 
 Span = tuple[int, int]
 """From a character (or token) to the one after the last."""
@@ -152,8 +152,9 @@ class Template:
     def example(self, messages: Sequence[Message], train_on_prompt: bool = False) -> Example:
         """The conversation's tokens, and which are learnt: those of the answers and the token that ends each.
 
-        A token that is part of an answer and part of what stands around it is learnt. With `train_on_prompt`
-        all tokens are. An answer with nothing after it is ended with the tokenizer's end of text.
+        A token that is part of an answer and part of what stands around it is learnt; an answer whose message has the
+        `weight` 0 is not. With `train_on_prompt` all tokens are. An answer with nothing after it is ended with the
+        tokenizer's end of text.
 
         Raises:
             DataError: the template fails on the conversation, or it cannot be told which text is the answers'.
@@ -168,11 +169,17 @@ class Template:
             answers = []
         ids, offsets = self._tokenizer.encode_with_special_tokens(text, self._literal_places(messages, text, False))
         special = [text[begin:end].strip() in self._tokenizer.special_tokens for begin, end in offsets]
-        learnt, ends, open_end = _with_ends(text, answers, offsets, special)
-        trained = [True] * len(ids) if train_on_prompt else _overlapping(learnt, offsets, special)
+        spans, ends, open_end = _with_ends(text, answers, offsets, special)
+        counts = [bool(message.get("weight", 1)) for message in _answering(messages)]
+        if not all(counts) and not train_on_prompt:
+            if len(counts) != len(spans):
+                self._refuse_to_guess(messages)
+            spans = [span for span, count in zip(spans, counts, strict=True) if count]
+        trained = [True] * len(ids) if train_on_prompt else _overlapping(spans, offsets, special)
         if open_end:
-            ids, trained = [*ids, self._tokenizer.eos_id], [*trained, True]
-        return Example(ids, trained, ends, self._said(messages, text, answers))
+            ids, trained = [*ids, self._tokenizer.eos_id], [*trained, train_on_prompt or counts[-1]]
+        said = [answer for answer, count in zip(self._said(messages, text, answers), counts, strict=True) if count]
+        return Example(ids, trained, ends, said)
 
     def _said(self, messages: Sequence[Message], text: str, answers: Sequence[Span]) -> list[str]:
         said = [message["content"] for message in _answering(messages)]

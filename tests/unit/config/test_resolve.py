@@ -215,6 +215,14 @@ def test_a_file_that_is_not_a_list_of_names_and_values(tmp_path: Path, content: 
         read_config_file(str(path))
 
 
+@pytest.mark.parametrize("content", ["epochs: 1\nseed: 2\nepochs: 3\n", "seed: 0\n\nepochs: 1\n# *a\nseed: 1\n"])
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"line [35]: (epochs|seed) stands on line 1 too; leave one out"):
+        read_config_file(str(path))
+
+
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00bad")

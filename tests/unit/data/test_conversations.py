@@ -220,6 +220,8 @@ ANSWERED = {"messages": turn("a", "b")}
         ("chat", {"messages": [{"role": "bot", "content": "a"}]}, "message 1 has the role 'bot'; expected human"),
         ("chat", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'content' holds a list"),
         ("chat", {"conversations": [{"from": "gpt"}]}, "message 1 has nothing for 'value'"),
+        ("chat", {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "message 1 has the weight 0.5"),
+        ("chat", {"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "no message of the assistant to"),
         ("chat", [1], "is a list, not an object"),
     ],
 )
@@ -231,6 +233,11 @@ def test_a_row_with_a_mistake_says_which(tmp_path: Path, format: str, row: objec
         with pytest.raises(DataError, match=expected) as caught:
             conversations(path, format)
         assert f"{path}, {place}" in str(caught.value)
+
+
+def test_an_array_after_empty_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", '\n \n[{"prompt": "a", "completion": "b"}]')
+    assert conversations(path, "completion") == [turn("a", "b")]
 
 
 def test_json_that_is_broken(tmp_path: Path) -> None:

@@ -383,6 +383,8 @@ def test_an_answer_without_an_end() -> None:
     assert template.example(turns[2:]).ends
     assert template.example(turns[2:], train_on_prompt=True).token_ids[-1] == tokenizer.eos_id
     assert tokenizer.eos_id not in template.example(turns[:3]).token_ids
+    unlearnt = template.example([*turns[:3], turns[3] | {"weight": 0}])
+    assert (unlearnt.token_ids, unlearnt.trained[-1]) == (example.token_ids, False)
 
 
 def test_special_tokens_that_own_the_space_around_them() -> None:
@@ -403,6 +405,21 @@ def test_train_on_prompt_learns_every_token() -> None:
         assert all(example.trained), name
         assert example.ends
         assert example.token_ids == template_of(style).example(CONVERSATIONS["three turns"]).token_ids
+
+
+@pytest.mark.parametrize("name", list(STYLES))
+def test_an_answer_without_weight_is_only_read(name: str) -> None:
+    style = STYLES[name]
+    template, tokenizer = template_of(style), tokenizer_of("char", style.tokens)
+    plain = [user("What is the capital?"), assistant("London"), user("What is it?"), assistant("Paris")]
+    first, last = expected(style, plain)
+    for unlearnt, text, answer in ((1, last, "Paris"), (3, first, "London")):
+        turns = [message | {"weight": int(place != unlearnt)} for place, message in enumerate(plain)]
+        example = template.example(turns)
+        assert learnt(template, turns, tokenizer) == [text]
+        assert example.answers == [answer]
+        assert example.token_ids == template.example(plain).token_ids
+        assert all(template.example(turns, train_on_prompt=True).trained)
 
 
 def test_a_long_conversation_takes_no_time() -> None:
