@@ -291,6 +291,7 @@ def load(
         ConfigError: no such folder.
         CheckpointError: a damaged or incomplete one.
     """
-    decoder, tokenizer = load_model(path, str(device))
+    folder = find_model(path, "load")
+    decoder, tokenizer = load_model(folder, str(device))
     in_use = pick_precision(precision, decoder.embed_tokens.weight.device)
-    return LanguageModel(find_model(path), decoder, tokenizer, in_use)
+    return LanguageModel(folder, decoder, tokenizer, in_use)

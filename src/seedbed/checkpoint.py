@@ -161,8 +161,10 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() or (folder / ADAPTER_FILE).is_file()
 
 
-def find_model(path: str | Path) -> Path:
+def find_model(path: str | Path, named: str = "--model") -> Path:
     """The model folder meant by `path`: itself, or for a run folder its best, final or newest checkpoint.
+
+    named: what messages call the path.
 
     Raises:
         ConfigError: there is no such folder.
@@ -172,7 +174,7 @@ def find_model(path: str | Path) -> Path:
     if str(path) and is_model_folder(folder):
         return folder
     if not str(path) or not folder.is_dir():
-        raise ConfigError(f"--model {path}: no such folder; expected a model folder, a checkpoint or a run")
+        raise ConfigError(f"{named} {path}: no such folder; expected a model folder, a checkpoint or a run")
     checkpoints = folder / "checkpoints"
     for name in ("best", "final"):
         if is_model_folder(checkpoints / name):

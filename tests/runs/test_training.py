@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from seedbed.checkpoint import damage
 from seedbed.config import FLAGS, Layer, resolve
 from seedbed.errors import ConfigError, DataError, DivergedError
 from seedbed.runs.folder import read_records
@@ -145,6 +146,19 @@ def test_early_stopping_ends_with_the_best_weights(run_it: RunIt, tmp_path: Path
     assert final.read_bytes() == kept.read_bytes()
     assert "No improvement for 2 epoch(s)" in log.getvalue()
     assert f"final/ holds the best weights, those of step {best}" in log.getvalue()
+
+
+def test_early_stopping_without_any_validation_loss(
+    run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As float16 may have it whose held-out text overflows: there are no best weights to end with."""
+    monkeypatch.setattr("seedbed.train.loop.held_out_loss", lambda *_: math.inf)
+    log = io.StringIO()
+    outcome = run_it(tmp_path / "a", log=log, early_stopping_patience=2, epochs=30)
+    assert (outcome.exit_code, outcome.summary["status"]) == (0, "early_stopped")
+    assert outcome.summary["best_step"] is None
+    assert damage(tmp_path / "a/checkpoints/final") == []
+    assert "checkpoints/final" in log.getvalue()
 
 
 def test_patience_zero_is_off(run_it: RunIt, tmp_path: Path) -> None:

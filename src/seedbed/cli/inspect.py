@@ -232,7 +232,7 @@ def verify(ctx: click.Context, folder: str, as_json: bool) -> None:
     refuse_unknown(ctx)
     from seedbed.checkpoint import checkpoints_of, damage, find_model
 
-    path = find_model(folder)
+    path = find_model(folder, "verify")
     found = {checkpoint: damage(checkpoint) for checkpoint in checkpoints_of(Path(folder)) or [path]}
     damaged = {checkpoint: problems for checkpoint, problems in found.items() if problems}
     if as_json:

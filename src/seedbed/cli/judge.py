@@ -16,7 +16,7 @@ from rich.console import Console
 from seedbed.cli.console import json_option, make_console, print_json
 from seedbed.cli.models import device_option, held_out_documents, model_option
 from seedbed.cli.options import given, sections
-from seedbed.cli.verb import Verb, refuse_unknown
+from seedbed.cli.verb import Verb, refuse_unknown, refuse_without_data
 from seedbed.config import FLAGS, SamplingOptions, Section, read_section
 from seedbed.errors import ConfigError, SeedbedError
 from seedbed.runs.folder import update_summary
@@ -105,6 +105,7 @@ def judge(
     Answers and scores are kept: the same command asks only for what is missing.
     """
     refuse_unknown(ctx)
+    refuse_without_data(ctx)
     options = read_section(JudgeOptions, given(ctx, JudgeOptions.model_fields), FLAGS)
     sampling = _sampling(ctx)
     _refuse_contradictions(options, model, against)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
 from seedbed.cli.options import given, sections
-from seedbed.cli.verb import Verb, refuse_unknown
+from seedbed.cli.verb import Verb, refuse_unknown, refuse_without_data
 from seedbed.config import FLAGS, SamplingOptions, read_section
 from seedbed.errors import ConfigError, DataError
 from seedbed.runs.info import is_run, read_run, run_of
@@ -89,6 +89,7 @@ def evaluate(
 ) -> None:
     """Loss, perplexities and bits per byte of a model on text, or on the answers of conversations."""
     refuse_unknown(ctx)
+    refuse_without_data(ctx)
     model = at_domain(model, domain)
     from seedbed import distributed
     from seedbed.checkpoint import load_model
@@ -101,6 +102,8 @@ def evaluate(
             documents, kind = source.documents(), source.format
         else:
             documents, kind = held_out_documents(model)
+        if kind == "text" and chat_template:
+            raise ConfigError(f"--chat_template {chat_template} is for conversations, and this is text; leave it out")
         place = distributed.local_device(pick_device(device))
         decoder, tokenizer = load_model(model, str(place))
         template = None if kind == "text" else find_template(tokenizer, chat_template, kind)

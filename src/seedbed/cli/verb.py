@@ -8,6 +8,9 @@ import click
 
 from seedbed.errors import ConfigError, did_you_mean
 
+OF_DATA = ("--format", "--text_column", "--document", "--split")
+COMMANDLINE = click.core.ParameterSource.COMMANDLINE
+
 SETTINGS = {
     "token_normalize_func": lambda name: name.replace("-", "_"),
     "max_content_width": 110,
@@ -44,6 +47,15 @@ def unknown_flags(ctx: click.Context) -> list[str]:
     if ctx.args and not unknown:
         raise ConfigError(f"unexpected argument {ctx.args[0]!r}; values follow a flag (see --help)")
     return unknown
+
+
+def refuse_without_data(ctx: click.Context) -> None:
+    """Raise ConfigError for flags that say how `--data` is read where a run's own text is taken instead."""
+    if ctx.params["data"]:
+        return
+    typed = [option for option in ctx.command.params if ctx.get_parameter_source(option.name or "") is COMMANDLINE]
+    if vain := [option.opts[0] for option in typed if option.opts[0] in OF_DATA]:
+        raise ConfigError([f"{flag} has no meaning without --data; name the text, or leave it out" for flag in vain])
 
 
 def refuse_unknown(ctx: click.Context) -> None:

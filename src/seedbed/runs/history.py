@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from seedbed.config.resolve import DOMAIN_NAME
 from seedbed.errors import CheckpointError
 from seedbed.parsing import parse_json
-from seedbed.runs.folder import write_atomically
+from seedbed.runs.folder import flush, write_atomically
 
 BASE = "base"
 """Name of the stage before any domain: what the model knew."""
@@ -200,6 +200,7 @@ def write_documents(path: Path, documents: Iterable[str]) -> int:
             for document in documents:
                 num_bytes += len(document.encode())
                 stream.write(json.dumps(document, ensure_ascii=False) + "\n")
+        flush(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -393,9 +393,11 @@ class Loop:
         return status
 
     def stop_early(self) -> str:
-        """End with the best weights, not the last."""
+        """End with the best weights, not the last; with those at hand where no validation loss was a number."""
         self.saver.wait()
         best = self.job.run.checkpoints / "best"
+        if not distributed.on_first(best.exists):
+            return self.stop_with("early_stopped", "final")
         distributed.on_first(lambda: link_checkpoint(best, best.with_name("final"), read_state(best)))
         return "early_stopped"
 

@@ -93,6 +93,22 @@ def test_evaluate_for_people(tiny_run: Path, small_text_file: Path, capsys: pyte
         assert name in text
 
 
+def test_evaluate_refuses_flags_that_mean_nothing(
+    tiny_run: Path, small_text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["evaluate", "--model", str(tiny_run)]
+    assert run([*model, "--format", "qa", "--document=line"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" has no meaning without --data")[0] for line in lines] == [
+        "error: --format",
+        "error: --document",
+    ]
+    assert run([*model, "--data", str(small_text_file), "--chat_template", "qa"]) == 2
+    assert "--chat_template qa is for conversations" in capsys.readouterr().err
+    assert run(["judge", "--model", str(tiny_run), "--format", "qa"]) == 2
+    assert "--format has no meaning without --data" in capsys.readouterr().err
+
+
 def test_generate_is_seeded_and_streams_what_it_returns(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["generate", "--model", str(tiny_run), "--prompt", "The ", "--max_new_tokens", "12", "--seed", "3"]
     facts = run_json(words, capsys)

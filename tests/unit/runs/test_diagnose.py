@@ -529,11 +529,11 @@ def test_a_gap_that_opens_in_later_epochs_is_no_other_kind(path: Path) -> None:
 
 def parent_and_run(tmp_path: Path, loss: float, val_bytes: int = 1000) -> list[Finding]:
     text = {"text": {"val_bytes": 1000}}
-    options = {"data": "book.txt", "val_split": 0.1}
+    options = {"data": "book.txt", "val_split": 0.1, "save_every": 100}
     parent = Run(tmp_path / "parent", options=options, val={400: 4.0}, summary=text).write()
     return Run(
         tmp_path / "run",
-        options={**options, "learning_rate": 3e-4},
+        options={**options, "learning_rate": 3e-4, "save_every": 50},
         val={400: loss},
         summary={"parent": str(parent), "text": {"val_bytes": val_bytes}},
     ).diagnose()
@@ -542,6 +542,7 @@ def parent_and_run(tmp_path: Path, loss: float, val_bytes: int = 1000) -> list[F
 def test_worse_than_its_parent(tmp_path: Path) -> None:
     finding = one(parent_and_run(tmp_path, 4.2), "worse_than_parent")
     assert "--learning_rate 1e-3 to 3e-4" in finding.message
+    assert "save_every" not in finding.message
     assert "or to --learning_rate 1e-3" in finding.remedy
 
 

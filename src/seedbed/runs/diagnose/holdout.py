@@ -11,6 +11,7 @@ import numpy as np
 from seedbed.findings import Finding, Level
 from seedbed.runs.diagnose.curves import relative
 from seedbed.runs.diagnose.facts import Facts, number, short
+from seedbed.runs.parents import BOOKKEEPING
 
 RISEN = 0.01  # share above its best at which a validation loss has risen
 RISEN_MUCH = 0.03
@@ -19,7 +20,7 @@ FAR_APART = 0.3
 TOGETHER = 0.25  # share of the fall of training text by which held-out text of another kind falls as well
 NOISE = 0.005  # share by which seeds differ
 DATA = ("data", "val_data", "val_split", "format", "train_on_prompt", "chat_template")
-NOT_CHOICES = ("output", "resume", "resume_from", "strict", "allow", "log_every", "tensorboard", "device", "val_split")
+NOT_CHOICES = BOOKKEEPING | {"device", "val_split"}
 
 
 def overfitting(facts: Facts) -> Iterator[Finding]:
