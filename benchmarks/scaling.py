@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--measure] [--repeats 3]
 
 `--measure` trains for real, on a machine that should do nothing else; figures go to `benchmarks/results/scaling.json`.
-The tables of `docs/scaling.md` are made from them and from `seedbed.train.scaling`.
+The tables of `docs/scaling.md` are made from them and from `seedbed.train.estimate.scaling`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from seedbed.data.python_docs import python_docs
 from seedbed.model.config import DecoderConfig, from_scratch
 from seedbed.model.decoder import num_parameters
 from seedbed.runs.folder import read_records
-from seedbed.train.scaling import LINKS, step_traffic
+from seedbed.train.estimate.scaling import LINKS, step_traffic
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 RESULTS: Final = ROOT / "benchmarks" / "results" / "scaling.json"

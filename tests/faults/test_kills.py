@@ -20,7 +20,7 @@ from rich.console import Console
 from seedbed import checkpoint
 from seedbed.config import FLAGS, Layer, resolve
 from seedbed.errors import SeedbedError
-from seedbed.train import forecast
+from seedbed.train.estimate import forecast
 from seedbed.train.run import run_training
 from tests.faults.injection import forked, many, start
 from tests.runs.conftest import TINY, same_run

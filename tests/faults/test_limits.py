@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from seedbed.train.footprint import _left_of_groups
+from seedbed.train.estimate.footprint import _left_of_groups
 
 CHILD = """
 import resource, sys

@@ -31,12 +31,13 @@ from seedbed.model.decoder import Decoder
 from seedbed.model.weights import load_decoder
 from seedbed.runs.history import BASE, Figure, History, Stage, find_history, read_documents, read_history
 from seedbed.runs.lineage import forgetting
-from seedbed.train import build, conclude, holding, loop
+from seedbed.train import build, loop
+from seedbed.train.continual import conclude, holding
+from seedbed.train.continual.memory import Memory, model_fingerprint, stage_folder
+from seedbed.train.continual.methods import WITH_STORED_TEXT, WITHOUT_STORED_TEXT, choose_methods
 from seedbed.train.corpus import open_texts, store_documents, validation_rows
 from seedbed.train.job import Job
 from seedbed.train.measure import measure
-from seedbed.train.memory import Memory, model_fingerprint, stage_folder
-from seedbed.train.methods import WITH_STORED_TEXT, WITHOUT_STORED_TEXT, choose_methods
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start, open_run
 from seedbed.train.run import run_training

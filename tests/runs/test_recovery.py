@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from seedbed.errors import DivergedError, OutOfMemoryError
 from seedbed.train import loop, step
-from seedbed.train.forecast import Forecast
+from seedbed.train.estimate.forecast import Forecast
 from seedbed.train.job import Job
 from seedbed.train.measure import held_out_loss
 from seedbed.train.recovery import LOWERED, MOST_ROLLBACKS

@@ -11,7 +11,7 @@ from seedbed import distributed, parallel
 from seedbed.errors import ConfigError, LostProcessError, StorageError
 from seedbed.model.config import from_scratch
 from seedbed.model.decoder import Decoder
-from seedbed.train.scaling import BUCKET, Link, Traffic, bytes_sent, messages_sent
+from seedbed.train.estimate.scaling import BUCKET, Link, Traffic, bytes_sent, messages_sent
 
 
 def test_alone_there_is_nothing_to_agree_on() -> None:

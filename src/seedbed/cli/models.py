@@ -136,7 +136,7 @@ def at_domain(model: str, domain: str | None) -> str:
     """The model that was meant: itself, or where it was after a domain."""
     if domain is None:
         return model
-    from seedbed.train.memory import stage_folder
+    from seedbed.train.continual.memory import stage_folder
 
     return str(stage_folder(model, domain))
 

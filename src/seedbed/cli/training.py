@@ -86,7 +86,7 @@ def continue_(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
 
 def _roll_back(config: Config, as_json: bool) -> int:
     """Copy an earlier stage of a model to a folder of its own."""
-    from seedbed.train.memory import copy_stage
+    from seedbed.train.continual.memory import copy_stage
 
     if config.watching.output is None:
         raise ConfigError(

@@ -28,11 +28,11 @@ from seedbed.schedule import Schedule
 from seedbed.text.template import Template
 from seedbed.train.announce import describe_corpus, describe_findings, describe_model, describe_schedule
 from seedbed.train.board import Board
-from seedbed.train.continual import from_earlier_model
+from seedbed.train.continual.prepare import from_earlier_model
 from seedbed.train.corpus import CHANGED, keep_tokenizer
+from seedbed.train.estimate.forecast import NAME as MEMORY
+from seedbed.train.estimate.forecast import Forecast, describe_forecast, forecast_run
 from seedbed.train.finetune import from_pretrained_weights, hold_frozen, planned_shape
-from seedbed.train.forecast import NAME as MEMORY
-from seedbed.train.forecast import Forecast, describe_forecast, forecast_run
 from seedbed.train.ingredients import Ingredients
 from seedbed.train.job import Job, Prompt
 from seedbed.train.length import length, make_schedule, steps_per_epoch

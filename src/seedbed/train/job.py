@@ -22,8 +22,8 @@ from seedbed.parallel import Spread
 from seedbed.runs.folder import RunFolder
 from seedbed.schedule import Schedule
 from seedbed.text.tokenizer import Tokenizer
-from seedbed.train.anchors import PredictionAnchor, WeightAnchor
 from seedbed.train.board import Board
+from seedbed.train.continual.anchors import PredictionAnchor, WeightAnchor
 from seedbed.train.guard import Guard
 from seedbed.train.progress import Display
 from seedbed.train.state import TrainingState

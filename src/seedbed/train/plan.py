@@ -16,19 +16,19 @@ from seedbed.findings import Finding, check_allowed
 from seedbed.model.decoder import num_parameters
 from seedbed.schedule import Schedule
 from seedbed.text.tokenizer import Tokenizer
+from seedbed.train.continual.memory import known_stages, trained_with
+from seedbed.train.continual.methods import inherit_learning_rate
 from seedbed.train.corpus import CHANGED, Corpus, Texts
+from seedbed.train.estimate.footprint import parse_size
+from seedbed.train.estimate.forecast import NAME as MEMORY
+from seedbed.train.estimate.forecast import fitting, forecast
+from seedbed.train.estimate.workload import Workload
 from seedbed.train.finetune import base_folder, fit_context, planned_shape, prepare
-from seedbed.train.footprint import parse_size
-from seedbed.train.forecast import NAME as MEMORY
-from seedbed.train.forecast import fitting, forecast
 from seedbed.train.guardrails import NAMES as GUARDRAIL_NAMES
 from seedbed.train.guardrails import Facts, check
 from seedbed.train.length import length, make_schedule, steps_per_epoch
-from seedbed.train.memory import known_stages, trained_with
-from seedbed.train.methods import inherit_learning_rate
 from seedbed.train.progress import Display
 from seedbed.train.scratch import ASSUMED_VOCAB, decoder_config, read_own_texts
-from seedbed.train.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from seedbed.config import STRENGTHS, Config
 from seedbed.errors import ConfigError
-from seedbed.train.memory import Memory, run_of, trained_with
+from seedbed.train.continual.memory import Memory, run_of, trained_with
 
 WITH_STORED_TEXT: dict[str, float | bool] = {"replay": 0.05, "l2_sp": 0.02}
 WITHOUT_STORED_TEXT: dict[str, float | bool] = {"self_replay": 0.1, "l2_sp": 0.02}

@@ -23,9 +23,9 @@ from seedbed.model.decoder import Decoder
 from seedbed.runs.history import Figure, Stage, read_history
 from seedbed.runs.lineage import forgetting
 from seedbed.text.tokenizer import Tokenizer
+from seedbed.train.continual.memory import Memory, model_fingerprint
 from seedbed.train.job import Job, Validation
 from seedbed.train.measure import held_out_loss, measure
-from seedbed.train.memory import Memory, model_fingerprint
 from seedbed.train.progress import Display
 from seedbed.train.stopping import StopRequest
 

@@ -17,16 +17,16 @@ from seedbed.loss import linear_cross_entropy
 from seedbed.model.config import from_scratch
 from seedbed.model.decoder import Decoder, num_parameters
 from seedbed.optim import build_optimizer, optimizer_tensors
-from seedbed.train.footprint import MIB, parse_size
-from seedbed.train.forecast import Forecast, describe_forecast, fitting, forecast, forecast_run
+from seedbed.train.estimate.footprint import MIB, parse_size
+from seedbed.train.estimate.forecast import Forecast, describe_forecast, fitting, forecast, forecast_run
+from seedbed.train.estimate.trial import LiveBytes, block_flops, kinds_of, outline
+from seedbed.train.estimate.workload import Workload
 from seedbed.train.ingredients import Ingredients
 from seedbed.train.length import length
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start, open_run
 from seedbed.train.scratch import from_random_weights
 from seedbed.train.state import TrainingState
-from seedbed.train.trial import LiveBytes, block_flops, kinds_of, outline
-from seedbed.train.workload import Workload
 
 SHAPE = from_scratch("llama", vocab_size=500, d_model=64, num_layers=4, num_heads=2, d_ff=128, max_seq_len=64)
 BLOCK = 4 * 64 * 64 + 3 * 64 * 128  # weights of a block's matrices

@@ -1,7 +1,7 @@
 """What a run will take: memory by part, time, arithmetic and disk, before its first step.
 
 Memory is counted, except for what a block leaves for its way back, which is weighed. Time is measured on one block of
-each kind (see `seedbed.train.trial`).
+each kind (see `seedbed.train.estimate.trial`).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder
 from seedbed.optim import optimizer_tensors
 from seedbed.parallel import is_sharded, own_part
+from seedbed.train.estimate.footprint import CODE_BYTES, MIB, SCATTERED, UNUSED, Footprint, free_bytes, resident_bytes
+from seedbed.train.estimate.pace import Pace
+from seedbed.train.estimate.scaling import Traffic, describe_scaling, step_traffic
+from seedbed.train.estimate.trial import Costs, head_learns, kinds_of, outline, tensor_bytes, try_out
+from seedbed.train.estimate.workload import Look, Workload, look_at, sizes_of, ways_to_keep
 from seedbed.train.finetune import make_adapter
-from seedbed.train.footprint import CODE_BYTES, MIB, SCATTERED, UNUSED, Footprint, free_bytes, resident_bytes
 from seedbed.train.ingredients import Ingredients
-from seedbed.train.pace import Pace
 from seedbed.train.progress import Display, duration
-from seedbed.train.scaling import Traffic, describe_scaling, step_traffic
 from seedbed.train.state import TrainingState
-from seedbed.train.trial import Costs, head_learns, kinds_of, outline, tensor_bytes, try_out
-from seedbed.train.workload import Look, Workload, look_at, sizes_of, ways_to_keep
 
 NAME = "memory"
 """The finding that a run needs more memory than there is."""

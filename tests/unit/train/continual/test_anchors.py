@@ -16,8 +16,8 @@ from seedbed.loss import IGNORE
 from seedbed.model.config import from_scratch
 from seedbed.model.decoder import Decoder
 from seedbed.sampling import draw, uniform_rows
-from seedbed.train import anchors as module
-from seedbed.train.anchors import PredictionAnchor, WeightAnchor, diagonal_fisher
+from seedbed.train.continual import anchors as module
+from seedbed.train.continual.anchors import PredictionAnchor, WeightAnchor, diagonal_fisher
 
 CPU = torch.device("cpu")
 V, T = 19, 8

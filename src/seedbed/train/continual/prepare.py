@@ -20,15 +20,15 @@ from seedbed.config import STRENGTHS, Config
 from seedbed.device import pick_device
 from seedbed.model.decoder import Decoder
 from seedbed.runs.history import BASE
-from seedbed.train.conclude import Conclusion
+from seedbed.train.continual.conclude import Conclusion
+from seedbed.train.continual.holding import make_anchors, reading_of, rows_with_replay
+from seedbed.train.continual.memory import FISHER_FILE, SELF_REPLAY_FILE, Memory, begin_memory, recall, refuse_overlap
+from seedbed.train.continual.methods import choose_methods, inherit_learning_rate
 from seedbed.train.corpus import store_documents, validation_rows
 from seedbed.train.finetune import Prepared, load_prepared, prepare
-from seedbed.train.holding import make_anchors, reading_of, rows_with_replay
 from seedbed.train.ingredients import Ingredients, saved_tokenizer
 from seedbed.train.job import Earlier, Keeping, Validation
 from seedbed.train.measure import Meter, measure
-from seedbed.train.memory import FISHER_FILE, SELF_REPLAY_FILE, Memory, begin_memory, recall, refuse_overlap
-from seedbed.train.methods import choose_methods, inherit_learning_rate
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
 from seedbed.train.stopping import StopRequest

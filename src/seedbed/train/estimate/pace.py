@@ -5,10 +5,10 @@ from __future__ import annotations
 from seedbed.config import WatchOptions
 from seedbed.loss import IGNORE
 from seedbed.model.decoder import Decoder
+from seedbed.train.estimate.trial import Costs, block_flops, head_flops, kinds_of
+from seedbed.train.estimate.workload import Look, Workload, sizes_of, ways_to_keep
 from seedbed.train.job import SAMPLE
 from seedbed.train.length import steps_per_epoch
-from seedbed.train.trial import Costs, block_flops, head_flops, kinds_of
-from seedbed.train.workload import Look, Workload, sizes_of, ways_to_keep
 
 STEP_SECONDS = 1e-3  # of every step: its record, the clock, the display
 SAVED_PER_SECOND = 350e6  # bytes of a checkpoint, written, flushed and hashed

@@ -21,12 +21,12 @@ from seedbed.generate import generate
 from seedbed.model.decoder import Decoder
 from seedbed.runs.history import read_documents, write_documents
 from seedbed.text.template import find_template
-from seedbed.train.anchors import PredictionAnchor, WeightAnchor, diagonal_fisher
+from seedbed.train.continual.anchors import PredictionAnchor, WeightAnchor, diagonal_fisher
+from seedbed.train.continual.memory import FISHER_FILE, SELF_REPLAY_FILE, Memory
 from seedbed.train.corpus import store_documents
 from seedbed.train.finetune import Prepared
 from seedbed.train.job import Validation, batches_of
 from seedbed.train.length import step_limit, steps_per_epoch
-from seedbed.train.memory import FISHER_FILE, SELF_REPLAY_FILE, Memory
 from seedbed.train.progress import Display
 
 OWN_TEXT = SamplingOptions(temperature=1.0, top_k=0, repetition_penalty=1.0)
