@@ -31,11 +31,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from seedbed.errors import CheckpointError, StorageError
-from seedbed.lora import Adapter, adapter_state, add_adapter, row_norms
+from seedbed.lora import adapter_state, add_adapter, row_norms
 from seedbed.model.adjust import grow_vocabulary
 from seedbed.model.config import DecoderConfig
-from seedbed.model.decoder import Base as Base
-from seedbed.model.decoder import Decoder
+from seedbed.model.decoder import Adapter, Base, Decoder
 from seedbed.model.families import Name, canonical_name, weight_names
 from seedbed.parsing import parse_json
 

@@ -19,9 +19,10 @@ import torch
 
 from seedbed import distributed
 from seedbed.data.conversations import from_document
+from seedbed.data.rows import NO_TARGET
 from seedbed.data.store import split_long
 from seedbed.errors import ConfigError, DataError
-from seedbed.loss import IGNORE, token_losses
+from seedbed.loss import token_losses
 from seedbed.model.decoder import Decoder
 from seedbed.parallel import is_sharded
 from seedbed.text.template import Template
@@ -251,11 +252,11 @@ def _score(model: Decoder, batch: list[Window]) -> float:
     """Sum of the nats of the tokens scored."""
     longest = max(len(tokens) - 1 for tokens, _ in batch)
     inputs = torch.zeros(len(batch), longest, dtype=torch.int64)  # (B, T)
-    labels = torch.full_like(inputs, IGNORE)
+    labels = torch.full_like(inputs, NO_TARGET)
     for row, (tokens, scored) in enumerate(batch):
         size = len(tokens) - 1
         inputs[row, :size] = torch.from_numpy(tokens[:-1])
-        labels[row, :size] = torch.from_numpy(np.where(scored, tokens[1:], IGNORE))
+        labels[row, :size] = torch.from_numpy(np.where(scored, tokens[1:], NO_TARGET))
     weight = model.head_weight()
     hidden = model(inputs.to(weight.device))  # (B, T, D)
     losses = token_losses(hidden.flatten(0, 1), weight, labels.flatten().to(weight.device))  # (B * T,)

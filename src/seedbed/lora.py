@@ -31,8 +31,7 @@ from torch import Tensor, nn
 
 from seedbed.errors import ConfigError, did_you_mean
 from seedbed.model.config import DecoderConfig
-from seedbed.model.decoder import AdaptedLinear, Decoder
-from seedbed.model.decoder import Adapter as Adapter
+from seedbed.model.decoder import AdaptedLinear, Adapter, Decoder
 from seedbed.model.families import weight_names
 
 _GROUPS = {"all-linear": "blocks.*", "attention": "blocks.*.attention.*", "mlp": "blocks.*.mlp.*", "head": "lm_head"}

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from seedbed.data.rows import NO_TARGET
 from seedbed.device import product_type
 
-IGNORE: Final = -100  # the label of a token that is not predicted
 # The most tokens, and bytes of float32 logits, in one chunk. Short ones also keep sums over tokens inside the range
 # of float16.
 CPU_CHUNK: Final = (1024, 256 << 20)
@@ -39,7 +39,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     Args:
         hidden: (N, D).
         weight: (V, D).
-        labels: (N,), -100 where nothing is predicted.
+        labels: (N,), NO_TARGET where nothing is predicted.
     """
     wanted = _wanted(hidden, weight)
     chunks = _chunks(hidden, weight, labels)
@@ -60,7 +60,7 @@ def linear_kl_divergence(
         weight: (V, D).
         old_hidden: (N, D'), constant, like `old_weight`; the widths may differ, the vocabularies not.
         old_weight: (V, D').
-        labels: (N,), -100 where nothing is compared.
+        labels: (N,), NO_TARGET where nothing is compared.
     """
     assert len(weight) == len(old_weight), f"vocabularies of {len(weight)} and {len(old_weight)}"
     new, old = _chunks(hidden, weight, labels), _chunks(old_hidden, old_weight, labels)
@@ -69,7 +69,7 @@ def linear_kl_divergence(
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Nats of each label, (N,) float32, 0 where the label is -100; no gradient. Arguments as above."""
+    """Nats of each label, (N,) float32, 0 where the label is NO_TARGET; no gradient. Arguments as above."""
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
     for chunk, nats in _cross_entropies(_chunks(hidden, weight, labels), torch.float32, gradient=False):
         losses[chunk.rows] = nats
@@ -171,7 +171,7 @@ def _divergences(new: Iterator[_Chunk], old: Iterator[_Chunk], sums: torch.dtype
 def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[_Chunk]:
     """One after another in the same memory."""
     dtype = product_type(weight)
-    kept = (labels != IGNORE).nonzero().squeeze(1)  # (N',)
+    kept = (labels != NO_TARGET).nonzero().squeeze(1)  # (N',)
     everything = len(kept) == len(labels)
     size = chunk_tokens(weight.shape[0], weight.device.type)
     weight = weight.to(dtype)  # once, not once a chunk

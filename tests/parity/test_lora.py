@@ -16,9 +16,9 @@ from torch import Tensor
 
 from seedbed.adapter import load_adapter, save_adapter
 from seedbed.errors import CheckpointError
-from seedbed.lora import Adapter, LoraLinear, add_adapter, find_targets, merge_adapter
+from seedbed.lora import LoraLinear, add_adapter, find_targets, merge_adapter
 from seedbed.loss import linear_cross_entropy
-from seedbed.model.decoder import Decoder
+from seedbed.model.decoder import Adapter, Decoder
 from seedbed.model.weights import load_decoder
 from tests.parity.test_decoder import T, V, gpt2, llama_like
 

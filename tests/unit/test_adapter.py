@@ -15,10 +15,10 @@ from torch import Tensor
 from seedbed.adapter import base_name, load_adapter, read_adapter, save_adapter
 from seedbed.checkpoint import damage, find_model, load_model, save_checkpoint
 from seedbed.errors import CheckpointError, StorageError
-from seedbed.lora import Adapter, adapter_state, add_adapter, find_targets
+from seedbed.lora import adapter_state, add_adapter, find_targets
 from seedbed.model.adjust import grow_vocabulary
 from seedbed.model.config import from_scratch
-from seedbed.model.decoder import Base, Decoder
+from seedbed.model.decoder import Adapter, Base, Decoder
 from seedbed.model.weights import load_decoder, save_decoder, weights_fingerprint
 from seedbed.text.tokenizer import Tokenizer, train_char
 

@@ -11,9 +11,9 @@ from seedbed import export
 from seedbed.checkpoint import load_model, save_checkpoint
 from seedbed.errors import CheckpointError, ConfigError
 from seedbed.export import TOLERANCE, export_merged
-from seedbed.lora import Adapter, adapter_state, add_adapter, find_targets
+from seedbed.lora import adapter_state, add_adapter, find_targets
 from seedbed.model.config import from_scratch
-from seedbed.model.decoder import Base, Decoder
+from seedbed.model.decoder import Adapter, Base, Decoder
 from seedbed.model.weights import load_decoder, save_decoder, weights_fingerprint
 from seedbed.text.tokenizer import train_char
 

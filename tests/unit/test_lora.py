@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from seedbed.errors import ConfigError
 from seedbed.lora import (
-    Adapter,
     LoraLinear,
     adapter_state,
     add_adapter,
@@ -18,7 +17,7 @@ from seedbed.lora import (
 )
 from seedbed.loss import linear_cross_entropy
 from seedbed.model.config import DecoderConfig, from_scratch
-from seedbed.model.decoder import Decoder
+from seedbed.model.decoder import Adapter, Decoder
 
 IDS = torch.arange(12).reshape(2, 6)
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from seedbed import loss as module
-from seedbed.loss import IGNORE, chunk_tokens, linear_cross_entropy, linear_kl_divergence, token_losses
+from seedbed.data.rows import NO_TARGET
+from seedbed.loss import chunk_tokens, linear_cross_entropy, linear_kl_divergence, token_losses
 
 N, V, D = 50, 31, 16
 
@@ -25,7 +26,7 @@ def problem(ignored: tuple[int, ...] = (0, 3, 4, 49)) -> tuple[Tensor, Tensor, T
     hidden = torch.randn(N, D, generator=g).requires_grad_()
     weight = torch.randn(V, D, generator=g).requires_grad_()
     labels = torch.randint(V, (N,), generator=g)
-    labels[list(ignored)] = IGNORE
+    labels[list(ignored)] = NO_TARGET
     return hidden, weight, labels
 
 
@@ -137,7 +138,7 @@ def test_products_have_few_shapes_however_many_labels_there_are(
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(256, D, generator=g), torch.randn(V, D, generator=g)
     for kept in range(1, 256, 5):
-        labels = torch.full((256,), IGNORE)
+        labels = torch.full((256,), NO_TARGET)
         labels[torch.randperm(256, generator=g)[:kept]] = 3
         expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
         torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels), expected)
@@ -177,7 +178,7 @@ def old_prediction(width: int = D) -> tuple[Tensor, Tensor]:
 
 
 def plain_divergence(hidden: Tensor, weight: Tensor, old_hidden: Tensor, old_weight: Tensor, labels: Tensor) -> Tensor:
-    kept = labels != IGNORE
+    kept = labels != NO_TARGET
     new, old = (F.log_softmax(h[kept] @ w.T, dim=1) for h, w in ((hidden, weight), (old_hidden, old_weight)))
     return F.kl_div(new, old, reduction="sum", log_target=True)
 
@@ -228,7 +229,7 @@ def test_divergence_under_autocast(dtype: torch.dtype) -> None:
         nats = linear_kl_divergence(hidden, weight, old_hidden, old_weight, labels)
     assert nats.dtype == torch.float32
     new, old = ((h.to(dtype) @ w.to(dtype).T).float() for h, w in ((hidden, weight), (old_hidden, old_weight)))
-    rounded = F.kl_div(new.log_softmax(1), old.log_softmax(1), reduction="none", log_target=True)[labels != IGNORE]
+    rounded = F.kl_div(new.log_softmax(1), old.log_softmax(1), reduction="none", log_target=True)[labels != NO_TARGET]
     torch.testing.assert_close(nats, rounded.sum(), atol=1e-3, rtol=1e-5)
     expected = gradients(plain_divergence(hidden, weight, old_hidden, old_weight, labels), hidden, weight)
     for g, e in zip(gradients(nats, hidden, weight), expected, strict=True):

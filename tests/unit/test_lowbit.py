@@ -11,10 +11,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from seedbed.errors import ConfigError, MissingExtra
-from seedbed.lora import Adapter, add_adapter, find_targets
+from seedbed.lora import add_adapter, find_targets
 from seedbed.lowbit import NF4Weight, quantize_frozen
 from seedbed.model.config import from_scratch
-from seedbed.model.decoder import Decoder
+from seedbed.model.decoder import Adapter, Decoder
 
 
 def make_model(arch: str = "llama") -> Decoder:

@@ -46,7 +46,7 @@ DOING = {
 WITH_LORA = {"finetune": "lora", "continue": "continue-lora"}
 FOUND_OUT = ("model ", "this machine", "--method ", "half the peak of ", "the peak of ")
 """How the sources of values begin that the program worked out for one run."""
-OF_ONE_RUN = ("output", "resume_from", "resume", "stop_at_step")
+OF_ONE_RUN = frozenset({"output", "resume_from", "resume", "stop_at_step"})
 """Options that no other run inherits."""
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

@@ -19,7 +19,7 @@ class Batch:
     """B rows of T tokens; every tensor is (B, T) int64."""
 
     input_ids: Tensor
-    labels: Tensor  # -100 where nothing is predicted: padding, and what the loss mask leaves out
+    labels: Tensor  # NO_TARGET where nothing is predicted: padding, and what the loss mask leaves out
     position_ids: Tensor  # restart at 0 in each document
     segment_ids: Tensor | None  # which document of its row a token belongs to; None when every row is one document
 

@@ -31,7 +31,7 @@ def is_remote(spec: str) -> bool:
     return "://" in spec
 
 
-def find_shards(spec: str, flag: str = "--data") -> list[str]:
+def find_shards(spec: str) -> list[str]:
     """The files that a path, a folder, a glob or an address means, in an order that is the same everywhere.
 
     Raises:
@@ -40,14 +40,14 @@ def find_shards(spec: str, flag: str = "--data") -> list[str]:
         MissingExtra: an address, and fsspec is not installed.
     """
     if not is_remote(spec):
-        return [str(path) for path in find_files(spec, flag)]
+        return [str(path) for path in find_files(spec, "--data")]
     files, path = _file_system(spec)
     try:
         names = sorted(files.glob(path)) if any(sign in path for sign in "*?[") else sorted(files.find(path))
     except OSError as error:
-        raise DataError(f"{flag} {spec} cannot be listed: {error}") from None
+        raise DataError(f"--data {spec} cannot be listed: {error}") from None
     if not names:
-        raise DataError(f"{flag} {spec}: there is nothing there")
+        raise DataError(f"--data {spec}: there is nothing there")
     return [str(files.unstrip_protocol(name)) for name in names]
 
 

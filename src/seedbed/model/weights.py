@@ -20,8 +20,7 @@ from seedbed import distributed
 from seedbed.errors import CheckpointError, StorageError
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder
-from seedbed.model.families import Name, canonical_name, config_to_hf, weight_names
-from seedbed.model.families import read_config as read_config
+from seedbed.model.families import Name, canonical_name, config_to_hf, read_config, weight_names
 from seedbed.parsing import parse_json
 
 WEIGHTS_FILE = "model.safetensors"

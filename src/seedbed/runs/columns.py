@@ -5,21 +5,16 @@ The table, its help, filters, sorting, comparisons and sweeps are made from `COL
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from seedbed.errors import ConfigError, did_you_mean
+from seedbed.runs.folder import is_being_written
 from seedbed.runs.info import RunInfo
 from seedbed.runs.parents import changed_options
 from seedbed.runs.values import duration, is_number, memory, plain, size
-
-try:
-    import fcntl
-except ImportError:  # Windows has no advisory locks of this kind
-    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -70,21 +65,9 @@ def status(run: RunInfo) -> str:
     told = run.summary.get("status")
     if told not in (None, "running"):
         return str(told)
-    if _is_being_written(run.path):
+    if is_being_written(run.path):
         return "running"
     return "killed" if told else "not begun"
-
-
-def _is_being_written(run: Path) -> bool:
-    """Whether a process holds the run's lock, as `RunFolder` does; a system without such locks cannot tell: yes."""
-    taken = True
-    if fcntl is not None:
-        with contextlib.suppress(OSError):
-            taken = (run / ".lock").exists()
-            with (run / ".lock").open("rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                taken = False
-    return taken
 
 
 def _changed(run: RunInfo) -> str | None:

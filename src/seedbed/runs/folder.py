@@ -141,6 +141,18 @@ class RunFolder:
             self._summary_refused = error
 
 
+def is_being_written(run: Path) -> bool:
+    """Whether a process holds the run's lock; a system without such locks cannot tell: yes."""
+    taken = True
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            taken = (run / ".lock").exists()
+            with (run / ".lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                taken = False
+    return taken
+
+
 class ReadOnlyRunFolder(RunFolder):
     """A run's folder for a process beside the one that writes it: what is said to it goes nowhere."""
 

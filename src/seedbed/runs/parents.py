@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,19 @@ BOOKKEEPING = frozenset(
 
 def parent_run(run: RunInfo) -> RunInfo | None:
     """The run that this one began from, if it was a run and still exists."""
-    if not isinstance(run.parent, str):
+    return find_run(run, run.parent)
+
+
+def find_run(run: RunInfo, name: object) -> RunInfo | None:
+    """The run at a path that `run` remembers, or beside it where both were moved; None where there is none."""
+    if not isinstance(name, str) or not name:
         return None
-    for base in (_began_in(run), Path()):
-        folder = run_of(base / run.parent)
-        if is_run(folder) and folder.resolve() != run.path.resolve():
-            config = folder / "config.yaml"
-            return _read_unchanged(folder, config.stat().st_mtime_ns)
+    for path in (_began_in(run) / name, Path(name), run.path.resolve().parent / Path(name).name):
+        with contextlib.suppress(OSError, ValueError):  # no file can have that name
+            folder = run_of(path)
+            if is_run(folder):
+                same = folder.resolve() == run.path.resolve()
+                return None if same else _read_unchanged(folder, (folder / "config.yaml").stat().st_mtime_ns)
     return None
 
 

@@ -7,28 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from seedbed.errors import ConfigError
-from seedbed.runs.columns import BY_DEFAULT, COLUMNS, Column, cell, check_columns, score, status
+from seedbed.runs.columns import BY_DEFAULT, COLUMNS, Column, cell, check_columns, score
 from seedbed.runs.folder import read_summary
 from seedbed.runs.grid import GAP, markdown_grid, text_grid
 from seedbed.runs.info import RunInfo, find_runs, read_run
-from seedbed.runs.values import duration, is_number, memory, size
-
-__all__ = [
-    "COLUMNS",
-    "Form",
-    "cell",
-    "default_columns",
-    "distinct_names",
-    "duration",
-    "is_number",
-    "load_runs",
-    "memory",
-    "render",
-    "score",
-    "size",
-    "status",
-    "table",
-]
 
 Form = Literal["table", "markdown", "csv"]
 

@@ -13,12 +13,11 @@ from typing import Any
 
 import yaml
 
-from seedbed.config import FLAGS, FREE_TO_CHANGE, Config, Layer, resolve
+from seedbed.config import FLAGS, FREE_TO_CHANGE, OF_ONE_RUN, Config, Layer, resolve
 from seedbed.errors import ConfigError, did_you_mean
 from seedbed.sweep.file import Halving, SweepFile, read_sweep_file
 
 REGIMES = {"pretrain": "scratch", "finetune": "finetune", "continue": "continue"}
-CHOSEN_BY_THE_SWEEP = ("output", "resume", "resume_from", "stop_at_step")
 NAME = re.compile(r"(?!logs$)[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 NAMED = 3
 """Runs that a message names before it only counts."""
@@ -211,7 +210,7 @@ def _misplaced(file: SweepFile) -> Iterator[str]:
         set_by["seed"] = "seeds"
     for place, flags in _places(file).items():
         for name, value in flags.items():
-            if name in CHOSEN_BY_THE_SWEEP:
+            if name in OF_ONE_RUN:
                 yield f"{place}.{name}: the sweep chooses it for each run; leave it out"
             elif name in set_by:
                 yield f"{place}.{name}: {set_by[name]} sets it too; leave one of them out"

@@ -13,12 +13,12 @@ from rich.console import Console
 from seedbed.errors import MissingExtra
 from seedbed.runs.compare import compare, group_by_seed, spread
 from seedbed.runs.folder import read_summary, write_atomically
-from seedbed.runs.info import RunInfo
+from seedbed.runs.info import RunInfo, is_run
 from seedbed.runs.query import select
 from seedbed.runs.report import write_report
 from seedbed.runs.table import load_runs, render, table
 from seedbed.sweep.plan import Plan
-from seedbed.sweep.standing import has_begun, has_ended
+from seedbed.sweep.standing import has_ended
 
 WIDTH = 120
 """Of the table where it is not shown on a terminal."""
@@ -59,7 +59,7 @@ def show_results(plan: Plan, folder: Path, failed: Mapping[str, int], console: C
     def say(text: str = "") -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    runs = select(load_runs([folder / name for name in plan.runs if has_begun(folder / name)]), sort="val_loss")
+    runs = select(load_runs([folder / name for name in plan.runs if is_run(folder / name)]), sort="val_loss")
     say()
     if runs:
         rows = table(runs)

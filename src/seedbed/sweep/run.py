@@ -11,15 +11,15 @@ from typing import Any
 from rich.console import Console
 
 from seedbed.errors import ConfigError, RunInUseError
+from seedbed.runs.columns import status
 from seedbed.runs.folder import being_made, update_summary, write_atomically
-from seedbed.runs.info import read_run
-from seedbed.runs.table import status
+from seedbed.runs.info import is_run, read_run
 from seedbed.streams import outlasting_readers
 from seedbed.sweep.children import Children, make_slots
 from seedbed.sweep.halving import judge
 from seedbed.sweep.plan import Plan, changes, make_plan
 from seedbed.sweep.results import Ended, how_it_ended, log_of, show_results
-from seedbed.sweep.standing import has_begun, has_ended, has_reached
+from seedbed.sweep.standing import has_ended, has_reached
 from seedbed.sweep.watch import Watch
 from seedbed.train.stopping import StopRequest, listen_for_signals
 
@@ -93,7 +93,7 @@ def folder_of(file: str | Path, output: str | Path | None) -> Path:
         ConfigError: there is a run in it.
     """
     folder = Path(output) if output is not None else Path("runs") / Path(file).stem
-    if has_begun(folder):
+    if is_run(folder):
         raise ConfigError(f"{folder} holds a run, and a sweep needs a folder of its own; choose another --output")
     return folder
 
@@ -152,7 +152,7 @@ class Sweep:
     def may_start(self, name: str, waiting: list[str]) -> bool:
         """Whether its parent's options are on disk or will never be, and nobody else trains it."""
         parent = self.plan.runs[name].parent
-        if parent in (*waiting, *self.children.going) and not has_begun(self.folder / parent):
+        if parent in (*waiting, *self.children.going) and not is_run(self.folder / parent):
             return False
         if time.monotonic() < self._waits.get(name, 0):
             return False
@@ -162,7 +162,7 @@ class Sweep:
         return True
 
     def is_in_use(self, name: str) -> bool:
-        return has_begun(self.folder / name) and status(read_run(self.folder / name)) == "running"
+        return is_run(self.folder / name) and status(read_run(self.folder / name)) == "running"
 
     def wait_for(self, name: str) -> None:
         if name not in self._waits:
@@ -171,7 +171,7 @@ class Sweep:
 
     def start(self, name: str, rung: int | None) -> None:
         run = self.plan.runs[name]
-        parent = self.folder / run.parent if run.parent and has_begun(self.folder / run.parent) else None
+        parent = self.folder / run.parent if run.parent and is_run(self.folder / run.parent) else None
         words = run.words(self.plan.verb, self.folder / name, parent=parent, stop_at_step=rung)
         self.children.start(name, words, log_of(self.folder, name))
         self.watch.started(name, rung)
@@ -199,7 +199,7 @@ class Sweep:
         for name, reason in judged.stopped.items():
             self.watch.line(f"{name}: {reason}")
             path = self.folder / name
-            if not has_ended(path, self.plan.runs[name]) and name not in self.failed and has_begun(path):
+            if not has_ended(path, self.plan.runs[name]) and name not in self.failed and is_run(path):
                 with contextlib.suppress(RunInUseError):  # somebody goes on with it by hand
                     update_summary(path, status=HALVED, reason=reason)
         return list(judged.better)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from seedbed.parsing import parse_json
 from seedbed.runs.folder import FINISHED, read_records, read_summary
-from seedbed.runs.info import is_run, read_run
+from seedbed.runs.info import read_run
 from seedbed.sweep.plan import PlannedRun
 
 TAIL = 4096  # bytes: room for some records
@@ -48,10 +48,6 @@ def has_ended(path: Path, run: PlannedRun) -> bool:
     stop = options.get("stop_at_step")
     by_the_clock = stop is None or summary.get("steps", 0) < stop
     return bool(by_the_clock and options.get("max_training_hours", 0) >= run.config.training.max_training_hours)
-
-
-def has_begun(path: Path) -> bool:
-    return is_run(path)
 
 
 def validation_loss(run: Path, step: int) -> float | None:

@@ -18,8 +18,9 @@ from seedbed.lora import add_adapter, find_targets, merge_adapter
 from seedbed.model.adjust import grow_vocabulary, set_dropout
 from seedbed.model.config import DecoderConfig, from_scratch
 from seedbed.model.decoder import Adapter, Base, Decoder, num_parameters
+from seedbed.model.families import read_config
 from seedbed.model.hub import find_pretrained
-from seedbed.model.weights import load_decoder, read_config, weights_fingerprint
+from seedbed.model.weights import load_decoder, weights_fingerprint
 from seedbed.optim import compiler_beside
 from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer

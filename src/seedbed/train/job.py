@@ -25,6 +25,7 @@ from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.board import Board
 from seedbed.train.continual.anchors import PredictionAnchor, WeightAnchor
 from seedbed.train.guard import Guard
+from seedbed.train.length import steps_per_epoch
 from seedbed.train.progress import Display
 from seedbed.train.state import TrainingState
 from seedbed.train.stopping import StopRequest
@@ -124,17 +125,13 @@ class Job:
     guard: Guard = field(default_factory=Guard)
 
     @property
-    def rows_per_step(self) -> int:
-        return self.training.rows_per_step
-
-    @property
     def micro_batch_size(self) -> int:
         """Rows at once."""
         return self.state.micro_batch_size or self.training.batch_size
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.rows) // self.rows_per_step)
+        return steps_per_epoch(self.training, self.rows)
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This process's batches of update number `step` (from 0), of B rows each; the last may be smaller."""
@@ -148,8 +145,9 @@ class Job:
 
     def rows_of(self, step: int) -> tuple[int, int]:
         """The first row of update number `step` in its epoch, and the first one after it."""
-        start = step % self.steps_per_epoch * self.rows_per_step
-        return start, min(start + self.rows_per_step, len(self.rows))
+        size = self.training.rows_per_step
+        start = step % self.steps_per_epoch * size
+        return start, min(start + size, len(self.rows))
 
 
 def batches_of(rows: Rows, epoch: int, start: int, end: int, batch_size: int) -> Iterator[Batch]:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from seedbed import distributed
 from seedbed.checkpoint import link_checkpoint, read_state
 from seedbed.data.rows import Rows
@@ -60,7 +58,7 @@ def train(job: Job, display: Display) -> Outcome:
     except SeedbedError as error:
         loop.summarize("diverged" if isinstance(error, DivergedError) else "failed")
         raise
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         loop.summarize("failed")
         if not is_out_of_memory(error):
             raise
@@ -204,7 +202,7 @@ class Loop:
             torn = False
             try:
                 return take_step(self.job, self.budget_used)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 torn = isinstance(error, TornUpdateError)
@@ -340,7 +338,7 @@ class Loop:
         while True:
             try:
                 return held_out_loss(self.job, rows, request, self.display)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
             self.recovery.take_fewer_rows("validation")
@@ -365,7 +363,7 @@ class Loop:
         try:
             with autocast(job.device, job.precision):
                 [completion] = generate(job.model, job.tokenizer, [prompt.given], SAMPLE)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             self.recovery.do_without_sample()

@@ -53,7 +53,7 @@ class Recovery:
         job.run.event("out_of_memory", state.step + 1, during=during, micro_batch_size=state.micro_batch_size)
         self._display.line(
             f"Step {state.step + 1}: out of memory; going on with {state.micro_batch_size} rows at once, "
-            f"{job.rows_per_step} an update as before"
+            f"{job.training.rows_per_step} an update as before"
         )
 
     def do_without_sample(self) -> None:

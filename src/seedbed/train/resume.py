@@ -12,10 +12,11 @@ from typing import Any
 
 from seedbed import distributed
 from seedbed.checkpoint import damage, is_model_folder, newest_intact, read_state, remove_leftovers
-from seedbed.config import FREE_TO_CHANGE, WITH_LORA, Config
+from seedbed.config import FREE_TO_CHANGE, OF_ONE_RUN, WITH_LORA, Config
 from seedbed.errors import CheckpointError, ConfigError
 from seedbed.parsing import parse_yaml
 from seedbed.runs.folder import FINISHED, ReadOnlyRunFolder, RunFolder, read_summary
+from seedbed.runs.info import is_run
 
 SHAPE = frozenset(
     [
@@ -125,7 +126,7 @@ def _open(config: Config) -> Start | AlreadyFinished:
     if config.watching.resume_from:
         return _branch(config, Path(config.watching.resume_from))
     path = _destination(config)
-    if not _begun(path):
+    if not is_run(path):
         if any(is_model_folder(checkpoint) for checkpoint in path.glob("checkpoints/*")):
             raise CheckpointError(
                 f"{path}: checkpoints, and no config.yaml that says what run they are of; put it back, "
@@ -162,7 +163,7 @@ def _branch(config: Config, checkpoint: Path) -> Start:
     path = _destination(config) if given else old if is_newest and not _finished(old) else _next_free(old)
     if path.resolve() == old and is_newest:
         return Start(config, RunFolder(path), checkpoint, read_summary(old).get("parent"))
-    if _begun(path):
+    if is_run(path):
         raise ConfigError(f"--output {path} holds a run that this would overwrite; choose another --output")
     run = RunFolder(path)
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -194,7 +195,7 @@ def _adopt(config: Config, path: Path, free: frozenset[str]) -> Config:
             f"the run {path} was begun with other options: {listed}. "
             "Leave them out to go on with it, or choose another --output for a new run"
         )
-    own = {"resume", "resume_from", "output", "stop_at_step", *given}
+    own = OF_ONE_RUN | given
     if given & {"warmup_steps", "warmup_ratio"}:
         own |= {"warmup_steps", "warmup_ratio"}  # one stands for the other
     return config.adopt({name: saved[name] for name in now if name in saved and name not in own}, sources)
@@ -207,7 +208,7 @@ def _destination(config: Config) -> Path:
     text = config.keeping.domain or Path(config.data.data or "").stem.replace("*", "") or "text"
     kind = "-lora" if config.with_lora else ""
     path = Path("runs") / f"{text}-{_model_name(config.model.model)}{kind}"
-    if not _begun(path):
+    if not is_run(path):
         return path
     *_, newest = takewhile(Path.exists, _numbered(path))
     return _next_free(path) if _finished(newest) or not config.watching.resume else newest
@@ -217,10 +218,6 @@ def _model_name(model: str) -> str:
     """What a model is called: the last part of its path; for a checkpoint, the name of its run."""
     path = Path(model)
     return path.resolve().parent.parent.name if path.resolve().parent.name == "checkpoints" else path.name
-
-
-def _begun(path: Path) -> bool:
-    return (path / "config.yaml").exists()
 
 
 def _finished(path: Path) -> bool:

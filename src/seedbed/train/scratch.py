@@ -13,7 +13,8 @@ from seedbed.config import Config, DataOptions, ModelOptions
 from seedbed.errors import ConfigError
 from seedbed.model.config import DecoderConfig, from_scratch
 from seedbed.model.decoder import Decoder, num_parameters
-from seedbed.model.weights import load_decoder, read_config
+from seedbed.model.families import read_config
+from seedbed.model.weights import load_decoder
 from seedbed.optim import compiler_beside
 from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from seedbed import distributed
 from seedbed.data.batches import Batch
+from seedbed.data.rows import NO_TARGET
 from seedbed.device import autocast, empty_cache, is_out_of_memory
 from seedbed.loss import linear_cross_entropy
 from seedbed.optim import is_8bit, set_learning_rate
@@ -58,7 +59,7 @@ def take_step(job: Job, budget_used: float) -> StepResult:
     began = time.perf_counter()
     batches = job.micro_batches(job.state.step)
     data_seconds = time.perf_counter() - began
-    tokens = int(distributed.total(sum(int((batch.labels != -100).sum()) for batch in batches)))
+    tokens = int(distributed.total(sum(int((batch.labels != NO_TARGET).sum()) for batch in batches)))
     own_sum = 0.0
     for number, batch in enumerate(batches):
         torch.manual_seed(dropout_seed(job.training.seed, job.state.step, number, distributed.rank()))

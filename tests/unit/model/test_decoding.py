@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from seedbed.evaluate import evaluation_mode
-from seedbed.lora import Adapter, add_adapter
+from seedbed.lora import add_adapter
 from seedbed.model.config import DecoderConfig, from_scratch
-from seedbed.model.decoder import Decoder
+from seedbed.model.decoder import Adapter, Decoder
 from seedbed.model.decoding import DecodingModel
 
 FAMILIES: dict[str, dict[str, Any]] = {

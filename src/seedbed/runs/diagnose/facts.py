@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from seedbed.config import LEARNING_RATES
-from seedbed.errors import ConfigError
 from seedbed.runs.diagnose.curves import Curve, make_curve, median
 from seedbed.runs.folder import FINISHED, read_records
 from seedbed.runs.info import RunInfo, read_run
+from seedbed.runs.parents import find_run, parent_run
 from seedbed.runs.series import NOTHING, Series, read_series
 from seedbed.runs.values import is_number
 
@@ -193,20 +192,9 @@ def read_facts(path: Path | str) -> Facts:
         series=read_series(run.path),
         events=list(read_records(run.path / "events.jsonl")),
         texts=[record["text"] for record in samples[-LAST_TEXTS:]],
-        parent=_read_other(run, run.parent),
-        origin=_read_other(run, run.options.get("model")) if run.regime != "scratch" else None,
+        parent=parent_run(run),
+        origin=find_run(run, run.options.get("model")) if run.regime != "scratch" else None,
     )
-
-
-def _read_other(run: RunInfo, name: object) -> RunInfo | None:
-    """The run at a path that `run` remembers, or beside it where both were moved; None when there is none."""
-    if not isinstance(name, str) or not name:
-        return None
-    for path in (Path(name), run.path.resolve().parent / Path(name).name):
-        with contextlib.suppress(ConfigError, OSError, ValueError):  # the last two for what no file can be called
-            other = read_run(path)
-            return None if other.path.resolve() == run.path.resolve() else other
-    return None
 
 
 def number(values: Mapping[str, Any], name: str) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 from seedbed.findings import Finding
 from seedbed.runs.folder import read_records
 from seedbed.runs.info import RunInfo
-from seedbed.runs.table import is_number
+from seedbed.runs.values import is_number
 
 MOST_OF_A_KIND = 100  # marks; more of them are drawn as so many, evenly spread
 

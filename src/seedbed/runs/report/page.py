@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from seedbed.config import is_users_choice
 from seedbed.findings import Finding
+from seedbed.runs.columns import COLUMNS, cell, score, status
 from seedbed.runs.folder import read_records
 from seedbed.runs.info import RunInfo
 from seedbed.runs.report.curves import Figure, Line, figures_of_run, figures_of_runs
 from seedbed.runs.report.marks import marks_of
 from seedbed.runs.report.words import change, flags_to_copy, pieces, show
-from seedbed.runs.table import COLUMNS, cell, duration, is_number, memory, score, size, status, table
+from seedbed.runs.table import table
+from seedbed.runs.values import duration, is_number, memory, size
 
 if TYPE_CHECKING:
     from seedbed.runs.compare import Comparison

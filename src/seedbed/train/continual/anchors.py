@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from seedbed.data.batches import Batch
+from seedbed.data.rows import NO_TARGET
 from seedbed.device import Precision, autocast
-from seedbed.loss import IGNORE, chunk_tokens, linear_cross_entropy, linear_kl_divergence
+from seedbed.loss import chunk_tokens, linear_cross_entropy, linear_kl_divergence
 from seedbed.model.decoder import Decoder
 from seedbed.sampling import draw, uniform_rows
 
@@ -150,7 +151,7 @@ def diagonal_fisher(
     targets = 0
     with _without_dropout(model):
         for number, batch in enumerate(batches):
-            targets += int((batch.labels != IGNORE).sum())
+            targets += int((batch.labels != NO_TARGET).sum())
             nats = _drawn_nats(model, batch.to(device), precision, seed, number)
             gradients = torch.autograd.grad(nats, list(trainable.values()))
             for total, gradient in zip(fisher.values(), gradients, strict=True):
@@ -197,8 +198,8 @@ def _drawn_nats(model: Decoder, batch: Batch, precision: Precision, seed: int, n
 @torch.no_grad()
 def _drawn(hidden: Tensor, weight: Tensor, labels: Tensor, uniform: Tensor) -> Tensor:
     """A token from softmax(hidden @ weight.T) at each place of `labels` with a target, (N,); -100 elsewhere."""
-    drawn = torch.full_like(labels, IGNORE)
-    targets = (labels != IGNORE).nonzero().squeeze(1)
+    drawn = torch.full_like(labels, NO_TARGET)
+    targets = (labels != NO_TARGET).nonzero().squeeze(1)
     for rows in torch.split(targets, chunk_tokens(len(weight), weight.device.type)):
         logits = (hidden[rows] @ weight.T).float()  # (n, V)
         drawn[rows] = draw(logits, uniform[rows])

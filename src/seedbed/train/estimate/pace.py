@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from seedbed.config import WatchOptions
-from seedbed.loss import IGNORE
+from seedbed.data.rows import NO_TARGET
 from seedbed.model.decoder import Decoder
 from seedbed.train.estimate.trial import Costs, block_flops, head_flops, kinds_of
 from seedbed.train.estimate.workload import Look, Workload, sizes_of, ways_to_keep
@@ -32,7 +32,7 @@ class Pace:
         batches = sum(len(held_out) for held_out in run.held_out) / look.batch.input_ids.shape[0]
         self.validation = batches * (wider * forward + look.seconds) + SAMPLE.max_new_tokens * costs.token_seconds
         self.checkpoint_bytes = costs.state_bytes * trained + 4.0 * (trained if model.adapter else parameters)
-        targets = float((look.batch.labels != IGNORE).float().mean())
+        targets = float((look.batch.labels != NO_TARGET).float().mean())
         per_row = sum(kind.count * block_flops(kind, look.width, training=True) for kind, _ in kinds)
         per_row += head_flops(model, look.width * targets, training=True)
         self.flops = None if run.steps is None else float(f"{run.steps * self.rows_per_step * per_row:.4g}")

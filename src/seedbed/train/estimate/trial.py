@@ -26,10 +26,11 @@ from torch.utils.checkpoint import checkpoint
 
 from seedbed.config import Config
 from seedbed.data.batches import Batch
+from seedbed.data.rows import NO_TARGET
 from seedbed.device import Precision, autocast, empty_cache, is_out_of_memory
 from seedbed.freeze import freeze
 from seedbed.lora import add_adapter
-from seedbed.loss import IGNORE, linear_cross_entropy, token_losses
+from seedbed.loss import linear_cross_entropy, token_losses
 from seedbed.lowbit import NF4Weight
 from seedbed.model.attention import rotation
 from seedbed.model.config import DecoderConfig
@@ -199,7 +200,7 @@ class _Trial:
         self.model, self.checkpointing, self.batch, self.precision = model, checkpointing, batch, precision
         self.device = batch.input_ids.device
         self.rows, self.width = batch.input_ids.shape
-        self.share = max(1e-3, float((batch.labels != IGNORE).float().mean()))  # of the places that are predicted
+        self.share = max(1e-3, float((batch.labels != NO_TARGET).float().mean()))  # of the places that are predicted
 
     def block(self, kind: Kind, seconds: float) -> BlockCost:
         """What a block takes, forward and backward, forward alone, and for one token."""

@@ -11,8 +11,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from seedbed.data.batches import Batch
+from seedbed.data.rows import NO_TARGET
 from seedbed.device import Precision
-from seedbed.loss import IGNORE
 from seedbed.model.config import from_scratch
 from seedbed.model.decoder import Decoder
 from seedbed.sampling import draw, uniform_rows
@@ -54,7 +54,7 @@ def text(rows: int, seed: int = 0, vocab_size: int = V, tokens: int = T, packed:
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocab_size, (rows, tokens + 1), generator=g)
     labels = ids[:, 1:].clone()
-    labels[torch.rand(labels.shape, generator=g) < 0.3] = IGNORE
+    labels[torch.rand(labels.shape, generator=g) < 0.3] = NO_TARGET
     positions = torch.arange(tokens).expand(rows, tokens)
     if not packed:
         return Batch(ids[:, :-1], labels, positions, None)
@@ -69,7 +69,7 @@ def one_row_each(batch: Batch) -> Iterator[Batch]:
 
 
 def num_targets(batch: Batch) -> int:
-    return int((batch.labels != IGNORE).sum())
+    return int((batch.labels != NO_TARGET).sum())
 
 
 def fisher(model: Decoder, batches: Iterable[Batch], seed: int = 0, precision: Precision = "fp32") -> dict[str, Tensor]:
@@ -179,7 +179,7 @@ def test_old_weights_must_be_there_and_fit(model: Decoder) -> None:
 
 def plain_divergence(new: Tensor, old: Tensor, labels: Tensor) -> Tensor:
     """Sum over the targets of KL(old || new), from logits."""
-    kept = labels != IGNORE
+    kept = labels != NO_TARGET
     p, q = (F.log_softmax(x[kept], dim=-1) for x in (old, new))
     return F.kl_div(q, p, reduction="sum", log_target=True)
 
@@ -247,7 +247,7 @@ def drawn_labels(model: Decoder, batches: list[Batch], seed: int) -> Tensor:
     for number, batch in enumerate(batches):
         [uniform] = uniform_rows(seed, [number], batch.labels.numel())
         drawn = draw(logits(model, batch).flatten(0, 1), uniform).view_as(batch.labels)
-        rows.append(drawn.where(batch.labels != IGNORE, IGNORE))
+        rows.append(drawn.where(batch.labels != NO_TARGET, NO_TARGET))
     return torch.cat(rows)
 
 
@@ -271,7 +271,7 @@ def test_in_batches_of_one_row_it_is_the_mean_of_squared_gradients(model: Decode
 def exact_fisher(model: Decoder, batch: Batch) -> dict[str, Tensor]:
     """Mean over the targets of the sum over labels of p(y) (d log p(y) / dw)^2."""
     names, parameters = zip(*model.named_parameters(), strict=True)
-    log_p = logits(model, batch)[batch.labels != IGNORE].log_softmax(-1)  # (targets, V)
+    log_p = logits(model, batch)[batch.labels != NO_TARGET].log_softmax(-1)  # (targets, V)
     total = [torch.zeros_like(p) for p in parameters]
     for log_probability in log_p.flatten():
         gradients = torch.autograd.grad(log_probability, parameters, retain_graph=True)
@@ -362,6 +362,6 @@ def test_in_bf16_it_is_about_the_same(model: Decoder) -> None:
 
 def test_without_targets_there_is_no_fisher(model: Decoder) -> None:
     batch = text(2)
-    batch.labels.fill_(IGNORE)
+    batch.labels.fill_(NO_TARGET)
     with pytest.raises(AssertionError, match="nothing to predict"):
         fisher(model, [batch])
