@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from seedbed.cli.app import run
-from seedbed.config import REGIME_SECTIONS, Layer, resolve
+from seedbed.config import REGIMES, Layer, resolve
 from seedbed.errors import ConfigError
 
 FLAGS = [
@@ -126,7 +126,7 @@ def misspelt(name: str, choose: random.Random) -> str:
 
 @pytest.mark.parametrize("regime", ["scratch", "finetune", "continue"])
 def test_every_key_misspelt_is_refused_with_the_right_one(regime: str) -> None:
-    names = {name for section in REGIME_SECTIONS[regime] for name in section.model_fields}
+    names = {name for section in REGIMES[regime].sections for name in section.model_fields}
     choose, tried = random.Random(0), 0
     for name in sorted(names):
         for _ in range(5):
@@ -143,7 +143,7 @@ def test_every_key_misspelt_is_refused_with_the_right_one(regime: str) -> None:
 
 @pytest.mark.parametrize("value", [[], {}, "words", float("nan"), -1, True])
 def test_every_number_of_the_wrong_kind_is_refused(value: object) -> None:
-    for section in REGIME_SECTIONS["scratch"]:
+    for section in REGIMES["scratch"].sections:
         for name, field in section.model_fields.items():
             if field.annotation not in (int, float):
                 continue

@@ -96,7 +96,7 @@ def _metavar(field: FieldInfo) -> str:
 
 def _default(name: str, field: FieldInfo, regimes: Sequence[str]) -> str:
     if field.is_required():
-        values = {regime: REGIMES[regime][name] for regime in regimes}
+        values = {regime: REGIMES[regime].defaults[name] for regime in regimes}
         if len(set(values.values())) > 1:
             return " [" + ", ".join(f"{value:g} {regime}" for regime, value in values.items()) + "]"
         value = values[regimes[0]]

@@ -10,7 +10,7 @@ from seedbed.cli.console import json_option, make_console, print_facts, print_js
 from seedbed.cli.options import config_option, from_option, layers, sections
 from seedbed.cli.training import CONTINUING, FINETUNING
 from seedbed.cli.verb import Verb
-from seedbed.config import REGIME_SECTIONS, TRAINED_HERE, resolve
+from seedbed.config import REGIMES, TRAINED_HERE, resolve
 
 memory_limit_option = click.option(
     "--memory_limit", metavar="SIZE", help="Find the largest batch that fits into so much, such as 8GB."
@@ -27,7 +27,7 @@ def plan() -> None:
 @from_option
 @json_option
 @memory_limit_option
-@sections(*REGIME_SECTIONS["scratch"])
+@sections(*REGIMES["scratch"].sections)
 @click.pass_context
 def plan_pretrain(ctx: click.Context, /, as_json: bool, memory_limit: str | None, **_flags: Any) -> int:
     """Memory, speed and disk of a model; with --data, how long the run takes and what may go wrong.
@@ -46,7 +46,7 @@ def plan_pretrain(ctx: click.Context, /, as_json: bool, memory_limit: str | None
 @from_option
 @json_option
 @memory_limit_option
-@sections(*REGIME_SECTIONS["finetune"], regimes=FINETUNING)
+@sections(*REGIMES["finetune"].sections, regimes=FINETUNING)
 @click.pass_context
 def plan_finetune(ctx: click.Context, /, as_json: bool, memory_limit: str | None, **_flags: Any) -> int:
     """What would be trained, what it takes and what may go wrong; with --data, what is in the data. Reads no weights.
@@ -63,7 +63,7 @@ def plan_finetune(ctx: click.Context, /, as_json: bool, memory_limit: str | None
 @from_option
 @json_option
 @memory_limit_option
-@sections(*REGIME_SECTIONS["continue"], regimes=CONTINUING)
+@sections(*REGIMES["continue"].sections, regimes=CONTINUING)
 @click.pass_context
 def plan_continue(ctx: click.Context, /, as_json: bool, memory_limit: str | None, **_flags: Any) -> int:
     """What a domain more would take and what may go wrong; of the new text alone, without replay."""

@@ -40,8 +40,8 @@ def reference() -> str:
         parts.append(f"### {section.__doc__}{ONLY.get(section, '')}\n")
         parts.append(_table([options[name] for name in section.model_fields]))
     parts.append("## Values that depend on the regime\n")
-    for regime, values in REGIMES.items():
-        known = {name: value for name, value in values.items() if value}
+    for regime in REGIMES:
+        known = {name: value for name, value in REGIMES[regime].defaults.items() if value}
         parts.append(f"`{regime}`: " + ", ".join(f"`{name}` {value}" for name, value in known.items()) + "\n")
     parts.append("## Presets\n\n| preset | values |\n|---|---|")
     for name in preset_names():

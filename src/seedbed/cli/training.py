@@ -14,7 +14,7 @@ from seedbed.cli.console import json_option, make_console, print_json
 from seedbed.cli.options import config_option, from_option, layers, sections
 from seedbed.cli.verb import Verb
 from seedbed.config import (
-    REGIME_SECTIONS,
+    REGIMES,
     Config,
     Layer,
     SamplingOptions,
@@ -35,7 +35,7 @@ CONTINUING = ("continue", "continue-lora")
 @config_option
 @from_option
 @json_option
-@sections(*REGIME_SECTIONS["scratch"])
+@sections(*REGIMES["scratch"].sections)
 @click.pass_context
 def pretrain(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
     """Train a language model from scratch."""
@@ -51,7 +51,7 @@ def pretrain(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
 @config_option
 @from_option
 @json_option
-@sections(*REGIME_SECTIONS["finetune"], regimes=FINETUNING)
+@sections(*REGIMES["finetune"].sections, regimes=FINETUNING)
 @click.pass_context
 def finetune(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
     """Adapt a pretrained model to your text or your instructions: whole, in part, or with LoRA."""
@@ -69,7 +69,7 @@ def finetune(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
 @config_option
 @from_option
 @json_option
-@sections(*REGIME_SECTIONS["continue"], regimes=CONTINUING)
+@sections(*REGIMES["continue"].sections, regimes=CONTINUING)
 @click.pass_context
 def continue_(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
     """Add a domain to a model while measuring, and holding, what it knew.
@@ -102,7 +102,7 @@ def _roll_back(config: Config, as_json: bool) -> int:
 
 @click.command(cls=Verb, epilog="Example: seedbed demo")
 @json_option
-@sections(*REGIME_SECTIONS["scratch"])
+@sections(*REGIMES["scratch"].sections)
 @click.pass_context
 def demo(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
     """The tour: train on the documentation inside your own Python, evaluate, generate. About two minutes."""

@@ -2,9 +2,6 @@
 
 from seedbed.config.options import (
     FREE_TO_CHANGE,
-    LEARNING_RATES,
-    REGIME_SECTIONS,
-    REGIMES,
     SECTIONS,
     STRENGTHS,
     TRAINED_HERE,
@@ -18,15 +15,14 @@ from seedbed.config.options import (
     TextOptions,
     TrainingOptions,
     WatchOptions,
-    option_names,
 )
+from seedbed.config.regimes import REGIMES, WITH_LORA, Regime, option_names
 from seedbed.config.resolve import (
     BY_DEFAULT,
     CALL,
     DOMAIN_NAME,
     FLAGS,
     OF_ONE_RUN,
-    WITH_LORA,
     Config,
     Layer,
     is_users_choice,
@@ -45,10 +41,8 @@ __all__ = [
     "DOMAIN_NAME",
     "FLAGS",
     "FREE_TO_CHANGE",
-    "LEARNING_RATES",
     "OF_ONE_RUN",
     "REGIMES",
-    "REGIME_SECTIONS",
     "SECTIONS",
     "STRENGTHS",
     "TRAINED_HERE",
@@ -60,6 +54,7 @@ __all__ = [
     "Layer",
     "ModelOptions",
     "PretrainedOptions",
+    "Regime",
     "SamplingOptions",
     "Section",
     "TextOptions",

@@ -342,58 +342,6 @@ STRENGTHS: dict[str, float | bool] = {
 TRAINED_HERE = ("bpe", "char")
 """Values of `tokenizer` that mean: train one on the training text."""
 
-_FINETUNE: dict[str, Any] = {
-    "tokenizer": None,
-    "max_seq_len": 512,
-    "model": "",
-    "epochs": 3,
-    "learning_rate": 2e-5,
-    "min_lr": 1e-6,
-    "warmup_ratio": 0.1,
-    "weight_decay": 0.01,
-}
-
-_ADAPTERS: dict[str, Any] = {"learning_rate": 2e-4, "min_lr": 1e-5}
-
-REGIMES: dict[str, dict[str, Any]] = {
-    "scratch": {
-        "tokenizer": "bpe",
-        "max_seq_len": 256,
-        "model": "small",
-        "epochs": 3,
-        "learning_rate": 3e-4,
-        "min_lr": 0.0,
-        "warmup_ratio": 0.05,
-        "weight_decay": 0.01,
-    },
-    "finetune": _FINETUNE,
-    "lora": {**_FINETUNE, **_ADAPTERS},
-    "continue": _FINETUNE,
-    "continue-lora": {**_FINETUNE, **_ADAPTERS},
-}
-"""Values that depend on what is being trained: 3e-4 suits a new model and ruins a pretrained one."""
-
-LEARNING_RATES: dict[str, tuple[str, float, float]] = {
-    "scratch": ("training from scratch", 1e-4, 5e-3),
-    "finetune": ("fine-tuning pretrained weights", 1e-5, 5e-5),
-    "lora": ("training LoRA adapters", 5e-5, 5e-4),
-    "continue": ("continuing pretrained weights", 1e-5, 5e-5),
-    "continue-lora": ("training LoRA adapters", 5e-5, 5e-4),
-}
-"""Regime to what it does, and the least and the greatest peak learning rate of AdamW that usually goes well."""
-
-_ADAPTING = (DataOptions, PretrainedOptions, AdaptOptions, TrainingOptions, WatchOptions)
-_CONTINUING = (DataOptions, PretrainedOptions, KeepOptions, AdaptOptions, TrainingOptions, WatchOptions)
-
-REGIME_SECTIONS: dict[str, tuple[type[Section], ...]] = {
-    "scratch": (DataOptions, ModelOptions, TrainingOptions, WatchOptions),
-    "finetune": _ADAPTING,
-    "lora": _ADAPTING,
-    "continue": _CONTINUING,
-    "continue-lora": _CONTINUING,
-}
-"""The options that mean something in a regime."""
-
 FREE_TO_CHANGE = frozenset(
     [
         "max_training_hours",
@@ -413,8 +361,3 @@ FREE_TO_CHANGE = frozenset(
     ]
 )
 """Options an unfinished run may be continued with at another value: none of them changes its rows or their order."""
-
-
-def option_names(regime: str) -> list[str]:
-    """Names of the options of a regime, in the order they are documented."""
-    return [name for section in REGIME_SECTIONS[regime] for name in section.model_fields]

@@ -13,8 +13,6 @@ import yaml
 from pydantic import ValidationError
 
 from seedbed.config.options import (
-    REGIME_SECTIONS,
-    REGIMES,
     SECTIONS,
     STRENGTHS,
     TRAINED_HERE,
@@ -25,8 +23,8 @@ from seedbed.config.options import (
     Section,
     TrainingOptions,
     WatchOptions,
-    option_names,
 )
+from seedbed.config.regimes import REGIMES, WITH_LORA, option_names
 from seedbed.errors import ConfigError, did_you_mean
 from seedbed.parsing import parse_yaml
 
@@ -36,14 +34,6 @@ S = TypeVar("S", bound=Section)
 BY_DEFAULT = "default"
 NOT_CHOSEN = ("preset ", "regime ")
 """How other sources of values begin that nobody chose."""
-DOING = {
-    "scratch": "training from scratch",
-    "finetune": "fine-tuning",
-    "lora": "fine-tuning",
-    "continue": "continuing",
-    "continue-lora": "continuing",
-}
-WITH_LORA = {"finetune": "lora", "continue": "continue-lora"}
 FOUND_OUT = ("model ", "this machine", "--method ", "half the peak of ", "the peak of ")
 """How the sources of values begin that the program worked out for one run."""
 OF_ONE_RUN = frozenset({"output", "resume_from", "resume", "stop_at_step"})
@@ -91,12 +81,12 @@ class Config:
     @property
     def with_lora(self) -> bool:
         """Whether adapters are trained, beside frozen weights."""
-        return self.regime in WITH_LORA.values()
+        return REGIMES[self.regime].with_lora
 
     @property
     def continues(self) -> bool:
         """Whether a domain is added to what a model knows."""
-        return self.regime.startswith("continue")
+        return REGIMES[self.regime].continues
 
     def values(self) -> dict[str, Any]:
         """The options that mean something in this regime as one flat mapping, in documented order."""
@@ -140,7 +130,7 @@ def resolve(regime: str, layers: Sequence[Layer]) -> Config:
     presets = _preset_layer(layers, problems) if regime == "scratch" else []
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for layer in [Layer(f"regime {regime}", REGIMES[regime]), *presets, *layers]:
+    for layer in [Layer(f"regime {regime}", REGIMES[regime].defaults), *presets, *layers]:
         known = {name: value for name, value in layer.values.items() if name in option_names(regime)}
         _let_one_warmup_win(known, values, layer.source, sources, problems)
         values.update(known)
@@ -183,7 +173,7 @@ def read_run_options(regime: str, run: str) -> Layer:
     kind, sources = str(saved.pop("regime", regime)), _pop_sources(saved)
     if kind not in (regime, WITH_LORA.get(regime)):
         raise ConfigError(
-            f"--from {run} is a run of {DOING.get(kind, kind)} and this command means {DOING[regime]}; "
+            f"--from {run} is a run of another kind ({kind}, and this command means {regime}); "
             "name a run of this kind, or give its options one by one"
         )
     chosen = {
@@ -254,13 +244,13 @@ def where(name: str, value: Any, source: str) -> str:
 
 def _unknown(regime: str, layer: Layer) -> Iterable[str]:
     names = option_names(regime)
-    elsewhere = {name for other in REGIME_SECTIONS for name in option_names(other)}
+    elsewhere = {name for other in REGIMES for name in option_names(other)}
     for name in layer.values:
         if name not in names:
             place = "" if layer.source == FLAGS else f" in {layer.source}"
             what = f"--{name}" if layer.source == FLAGS else name
             if name in elsewhere:
-                yield f"{what}{place} has no meaning when {DOING[regime]}; leave it out"
+                yield f"{what}{place} has no meaning when {REGIMES[regime].doing}; leave it out"
             else:
                 yield f"unknown option {what}{place}{did_you_mean(name, names)}"
 
@@ -277,7 +267,7 @@ def _asks_for_lora(layers: Sequence[Layer]) -> bool:
 def _preset_layer(layers: Sequence[Layer], problems: list[str]) -> list[Layer]:
     """The preset that `model` names; it goes beneath the layers, so that every flag and file value wins over it."""
     named = [layer for layer in layers if "model" in layer.values]
-    name = str(named[-1].values["model"]) if named else REGIMES["scratch"]["model"]
+    name = str(named[-1].values["model"]) if named else REGIMES["scratch"].defaults["model"]
     if name in preset_names():
         return [Layer(f"preset {name}", read_preset(name))]
     if not _is_model_folder(name):

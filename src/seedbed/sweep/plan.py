@@ -17,7 +17,7 @@ from seedbed.config import FLAGS, FREE_TO_CHANGE, OF_ONE_RUN, Config, Layer, res
 from seedbed.errors import ConfigError, did_you_mean
 from seedbed.sweep.file import Halving, SweepFile, read_sweep_file
 
-REGIMES = {"pretrain": "scratch", "finetune": "finetune", "continue": "continue"}
+REGIME_OF_VERB = {"pretrain": "scratch", "finetune": "finetune", "continue": "continue"}
 NAME = re.compile(r"(?!logs$)[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 NAMED = 3
 """Runs that a message names before it only counts."""
@@ -174,14 +174,14 @@ def _resolved(file: SweepFile, run: _Variation) -> PlannedRun:
     layers = [*_derived(file), Layer("base", file.base), *run.layers]
     if file.budget:
         layers.append(Layer("budget", file.budget.flags()))
-    config = resolve(REGIMES[file.verb], layers)
+    config = resolve(REGIME_OF_VERB[file.verb], layers)
     places = {layer.source for layer in layers}
     flags = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in config.values().items()
         if config.sources[name] in places
     }
-    config = resolve(REGIMES[file.verb], [Layer(FLAGS, flags)])
+    config = resolve(REGIME_OF_VERB[file.verb], [Layer(FLAGS, flags)])
     if problems := [*_without_text(config), *_rungs_missed(file.halving, config)]:
         raise ConfigError(problems)
     return PlannedRun(run.name, run.parent, config, flags)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from seedbed import distributed
-from seedbed.config import Config, KeepOptions, TrainingOptions
+from seedbed.config import REGIMES, Config, KeepOptions, TrainingOptions
 from seedbed.data import WholeRows
 from seedbed.data.streaming import StreamedRows
 from seedbed.device import describe, pick_device
@@ -14,14 +14,6 @@ from seedbed.model.decoder import Decoder
 from seedbed.schedule import Schedule
 from seedbed.train.corpus import Corpus, Texts
 from seedbed.train.progress import Display
-
-TITLES = {
-    "scratch": "Pre-training a language model",
-    "finetune": "Fine-tuning a language model",
-    "lora": "Fine-tuning a language model with LoRA",
-    "continue": "Adding a domain to a language model",
-    "continue-lora": "Adding a domain to a language model with LoRA",
-}
 
 
 def banner(display: Display, config: Config, texts: Texts, run: Path) -> None:
@@ -41,7 +33,7 @@ def banner(display: Display, config: Config, texts: Texts, run: Path) -> None:
         what["Domain"] = config.keeping.domain
         what["Keeping what it knew by"] = ways_of_keeping(config.keeping)
     display.banner(
-        TITLES[config.regime],
+        REGIMES[config.regime].title,
         {
             "Device": f"{describe(pick_device(training.device))}, {training.precision}",
             **what,

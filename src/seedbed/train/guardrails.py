@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from seedbed.config import FLAGS, LEARNING_RATES, Config
+from seedbed.config import FLAGS, REGIMES, Config
 from seedbed.findings import Finding, Level
 
 NAMES = (
@@ -70,7 +70,8 @@ def check(facts: Facts) -> list[Finding]:
 
 def _learning_rate(facts: Facts) -> Iterator[Finding]:
     training = facts.config.training
-    rate, (doing, low, high) = training.learning_rate, LEARNING_RATES[facts.config.regime]
+    regime, rate = REGIMES[facts.config.regime], training.learning_rate
+    low, high = regime.learning_rates
     if facts.trained_at and not facts.config.with_lora:
         low, high = facts.trained_at / 50, facts.trained_at
     if training.optimizer in ("sgd", "muon") or low <= rate <= high:
@@ -82,7 +83,7 @@ def _learning_rate(facts: Facts) -> Iterator[Finding]:
     yield Finding(
         "learning_rate",
         "warning" if above or factor > 10 else "note",
-        f"--learning_rate {_short(rate)} is {side} the range for {doing} ({_short(low)} to {_short(high)}); "
+        f"--learning_rate {_short(rate)} is {side} the range for {regime.doing} ({_short(low)} to {_short(high)}); "
         f"{_place(facts, 'learning_rate')}",
         {"learning_rate": rate, "range": [low, high], "regime": facts.config.regime},
         f"{'Lower' if above else 'Raise'} it, or pass --allow learning_rate to keep it.",
@@ -250,7 +251,7 @@ def _lora(facts: Facts) -> Iterator[Finding]:
         )
         return
     scale = alpha / math.sqrt(r) if adapt.lora_rslora else alpha / r
-    rate, top = config.training.learning_rate, LEARNING_RATES["lora"][2]
+    rate, top = config.training.learning_rate, REGIMES["lora"].learning_rates[1]
     equivalent = rate * scale * r / USUAL_ALPHA
     if rate <= top < equivalent and config.training.optimizer not in ("sgd", "muon"):
         how = "alpha / sqrt(r)" if adapt.lora_rslora else "alpha / r"

@@ -409,4 +409,4 @@ def test_going_back_needs_no_domain() -> None:
 @pytest.mark.parametrize("name", ["domain", "replay", "method", "max_forgetting"])
 def test_options_of_continuing_mean_nothing_in_fine_tuning(name: str) -> None:
     [problem] = tuning_problems(Layer(FLAGS, {"model": "gpt2", name: "1"}))
-    assert problem == f"--{name} has no meaning when fine-tuning; leave it out"
+    assert problem == f"--{name} has no meaning when fine-tuning pretrained weights; leave it out"

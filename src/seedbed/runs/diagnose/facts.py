@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from seedbed.config import LEARNING_RATES
+from seedbed.config import REGIMES
 from seedbed.runs.diagnose.curves import Curve, make_curve, median
 from seedbed.runs.folder import FINISHED, read_records
 from seedbed.runs.info import RunInfo, read_run
@@ -48,7 +48,7 @@ class Facts:
 
     @property
     def with_lora(self) -> bool:
-        return self.regime.endswith("lora")
+        return self.regime in REGIMES and REGIMES[self.regime].with_lora
 
     def option(self, name: str) -> float | None:
         """An option that is a number; None when it is not set."""
@@ -155,13 +155,13 @@ class Facts:
 
         A model trained here takes the rate of its own run again, or a little of it.
         """
-        if self.run.options.get("optimizer") in ("sgd", "muon") or self.regime not in LEARNING_RATES:
+        if self.run.options.get("optimizer") in ("sgd", "muon") or self.regime not in REGIMES:
             return None
-        doing, low, high = LEARNING_RATES[self.regime]
+        regime = REGIMES[self.regime]
         trained_at = number(self.origin.options, "learning_rate") if self.origin else None
         if self.regime == "continue" and trained_at:
-            return doing, trained_at / 50, trained_at
-        return doing, low, high
+            return regime.doing, trained_at / 50, trained_at
+        return regime.doing, *regime.learning_rates
 
     @property
     def times_too_high(self) -> float:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from seedbed.config import is_users_choice
+from seedbed.config import REGIMES, is_users_choice
 from seedbed.findings import Finding
 from seedbed.runs.columns import COLUMNS, cell, score, status
-from seedbed.runs.folder import read_records
+from seedbed.runs.folder import FINISHED, read_records
 from seedbed.runs.info import RunInfo
 from seedbed.runs.report.curves import Figure, Line, figures_of_run, figures_of_runs
 from seedbed.runs.report.marks import marks_of
@@ -26,14 +26,6 @@ Row = tuple[Any, ...]
 
 MOST_SAMPLES = 24  # of one prompt
 AXES = {"step": "Steps", "tokens": "Tokens", "time": "Time", "epoch": "Epochs"}
-REGIMES = {
-    "scratch": "Training from scratch",
-    "finetune": "Fine-tuning of all weights",
-    "lora": "Fine-tuning with LoRA",
-    "continue": "Learning a further domain",
-    "continue-lora": "Learning a further domain with LoRA",
-}
-ENDED_WELL = ("done", "early_stopped")
 ENDED_BADLY = ("diverged", "failed", "not begun", "unreadable")
 
 
@@ -48,7 +40,7 @@ def page_of_run(run: RunInfo) -> Content:
     return {
         "title": run.name,
         "status": ended.replace("_", " "),
-        "mood": "good" if ended in ENDED_WELL else "bad" if ended in ENDED_BADLY else "open",
+        "mood": "good" if ended in FINISHED else "bad" if ended in ENDED_BADLY else "open",
         "sentence": sentence(run),
         "reason": run.summary.get("reason") or "",
         "notes": run.summary.get("notes") or "",
@@ -100,8 +92,9 @@ def curves(figures: list[Figure]) -> Content:
 
 
 def sentence(run: RunInfo) -> str:
-    """What the run is: `Fine-tuning with LoRA of SmolLM2 (135M parameters, 5M of them trained) on questions.json`."""
-    words = f"{REGIMES.get(run.regime, run.regime)}: {_last_part(run.options.get('model') or 'a model')}"
+    """What the run is: `Training LoRA adapters: SmolLM2 (135M parameters, 5M of them trained) on questions.json`."""
+    doing = REGIMES[run.regime].doing if run.regime in REGIMES else run.regime
+    words = f"{doing[:1].upper()}{doing[1:]}: {_last_part(run.options.get('model') or 'a model')}"
     total, trained = _figure(run.summary, "parameters"), _figure(run.summary, "trainable_parameters")
     if total:
         words += f" ({size(total)} parameters"
