@@ -265,6 +265,7 @@ class Template:
         if self._has_generation:
             places = self._places(messages, text, (first, last), generation=(first, last))
             if places and len(places[0]) == len(places[1]) > 0:
+                self._require_printed(messages, text, first)
                 return list(zip(*places, strict=True))
         if not any(map(_has_more, _answering(messages))):
             # A template that strips contents prints the marks, too, only if the white space is outside of them.
@@ -273,6 +274,21 @@ class Template:
                 if found is not None:
                     return found
         return self._answers_by_turns(messages, text, last)
+
+    def _require_printed(self, messages: Sequence[Message], text: str, mark: str) -> None:
+        """Raise DataError for a template that writes the same whatever the answers are."""
+        if any(map(_has_more, _answering(messages))):
+            return
+        changed = _with_answers(messages, lambda content: mark + content + mark)
+        try:
+            is_same = self._render(changed) == text
+        except DataError:  # it looks into the answers
+            return
+        if is_same:
+            raise DataError(
+                f"chat template {self.name} prints nothing of the answers of {_describe(messages)}; correct it, or "
+                "choose another with --chat_template"
+            )
 
     def _marked_answers(
         self, messages: Sequence[Message], text: str, first: str, last: str, strip: bool
@@ -295,6 +311,7 @@ class Template:
         An answer goes from the end of its generation prompt to where the render up to it ends, or, where later
         turns change how it is written, to where its content does.
         """
+        self._require_printed(messages, text, mark)
         marked = _with_answers(messages, lambda content: content.rstrip() + mark)
         places = self._places(marked, text, [mark])
         ends = places[0] if places and len(places[0]) == len(_answering(messages)) else None

@@ -79,7 +79,8 @@ def build_job(start: Start, display: Display) -> Job:
     epochs, total_steps = length(config, made.rows)
     schedule = make_schedule(training, total_steps)
     expected = forecast_run(made, optimizer, state, total_steps)
-    noticed = [*made.texts.changed_since(state.text), *expected.findings()]
+    overlap = made.texts.overlap() if checkpoint is None and not config.continues else []
+    noticed = [*made.texts.changed_since(state.text), *overlap, *expected.findings()]
     state.text = made.texts.fingerprint()
     findings = say_what_comes(display, made, schedule, expected, noticed)
     if MEMORY not in config.watching.allow:

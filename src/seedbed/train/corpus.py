@@ -19,6 +19,8 @@ from seedbed.config import TRAINED_HERE, DataOptions, TextOptions, TrainingOptio
 from seedbed.data import PackedRows, Reading, Source, Store, WholeRows, from_texts, held_out, open_source, open_store
 from seedbed.data.augment import augmented
 from seedbed.data.conversations import from_document, split_key
+from seedbed.data.overlap import LIMIT, find_overlap
+from seedbed.data.overlap import NAME as OVERLAP
 from seedbed.data.rows import Rows
 from seedbed.data.store import cache_folder, digest
 from seedbed.data.streaming import ShardRows, StreamedRows, bring, find_shards, open_shard
@@ -29,6 +31,7 @@ from seedbed.train.job import Validation
 from seedbed.train.progress import Display
 
 LARGEST_DEFAULT_VOCAB = 8000
+MOST_COMPARED = 2**25  # characters, some two seconds
 
 
 STREAMING = "streaming"  # of the cache, the part for what is streamed
@@ -90,6 +93,25 @@ class Texts:
                 {"sha256": now, "sha256_before": before},
                 "Put the old text back, and the run ends as if it had never stopped; as it is, its rows, their order "
                 "and its validation losses are others from here on.",
+            )
+        ]
+
+    def overlap(self) -> list[Finding]:
+        """A warning where text that is validated on is also learnt; of long texts the first `MOST_COMPARED`."""
+        if self.validation is None or self.are_conversations:  # of conversations, `lint` compares the questions
+            return []
+        found = find_overlap(_beginning(self.training_documents()), _beginning(self.held_out_documents()))
+        if found is None or found.share <= LIMIT:
+            return []
+        return [
+            Finding(
+                OVERLAP,
+                "warning",
+                f"{found.share:.1%} of the validation text {self.validation.name} also stands in the training text "
+                f"{self.train.name}, as in {found.excerpt!r}",
+                {"share": found.share, "documents": found.documents},
+                f"The validation loss will look better than it is: take that text out of one of them, or pass --allow "
+                f"{OVERLAP} to keep it.",
             )
         ]
 
@@ -273,6 +295,15 @@ def tokenize(
         longest=int(lengths.max()),
         without_end=store.without_end,
     )
+
+
+def _beginning(documents: Iterator[str]) -> Iterator[str]:
+    left = MOST_COMPARED
+    for text in documents:
+        if left <= 0:
+            return
+        yield text[:left]
+        left -= len(text)
 
 
 def _stream(

@@ -119,7 +119,8 @@ def _with_rows(
     config, held = workload.config, corpus.validation
     _, steps = length(config, corpus.rows)
     schedule = make_schedule(config.training, steps)
-    findings = look_ahead(config, texts, corpus, schedule, model_max_seq_len)
+    overlap = [] if config.continues else texts.overlap()
+    findings = [*look_ahead(config, texts, corpus, schedule, model_max_seq_len), *overlap]
     held_out = () if held is None else (held.rows,)
     return replace(workload, rows=corpus.rows, held_out=held_out, steps=steps), findings
 

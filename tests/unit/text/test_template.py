@@ -371,6 +371,14 @@ def test_an_answer_that_cannot_be_found_is_refused() -> None:
     assert all(example.trained)
 
 
+@pytest.mark.parametrize("answer", ["", "OK", "{% generation %}OK{% endgeneration %}"])
+def test_a_template_that_writes_nothing_of_the_answers_is_refused(answer: str) -> None:
+    source = "{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}" + answer + "{% endif %}{% endfor %}"
+    template = Template(tokenizer_of("char", ()), "silent", source)
+    with pytest.raises(DataError, match="silent prints nothing of the answers of the conversation of 2 messages"):
+        template.example([user("a"), assistant("b")])
+
+
 def test_an_answer_without_an_end() -> None:
     tokenizer = tokenizer_of("char", ())
     colons = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '' if loop.last else '\n' }}{% endfor %}"
