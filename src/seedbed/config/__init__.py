@@ -16,7 +16,7 @@ from seedbed.config.options import (
     TrainingOptions,
     WatchOptions,
 )
-from seedbed.config.regimes import REGIMES, WITH_LORA, Regime, option_names
+from seedbed.config.regimes import REGIMES, WITH_LORA, Regime, option_names, rate_range
 from seedbed.config.resolve import (
     BY_DEFAULT,
     CALL,
@@ -63,6 +63,7 @@ __all__ = [
     "is_users_choice",
     "option_names",
     "preset_names",
+    "rate_range",
     "read_config_file",
     "read_preset",
     "read_run_options",

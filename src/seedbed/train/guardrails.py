@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from seedbed.config import FLAGS, REGIMES, Config
+from seedbed.config import FLAGS, REGIMES, Config, rate_range
 from seedbed.findings import Finding, Level
 
 NAMES = (
@@ -70,20 +70,18 @@ def check(facts: Facts) -> list[Finding]:
 
 def _learning_rate(facts: Facts) -> Iterator[Finding]:
     training = facts.config.training
-    regime, rate = REGIMES[facts.config.regime], training.learning_rate
-    low, high = regime.learning_rates
-    if facts.trained_at and not facts.config.with_lora:
-        low, high = facts.trained_at / 50, facts.trained_at
+    rate, (low, high) = training.learning_rate, rate_range(facts.config.regime, facts.trained_at)
     if training.optimizer in ("sgd", "muon") or low <= rate <= high:
         return
     above = rate > high
     factor = rate / high if above else low / rate
     times = f"{factor:,.0f}" if factor >= 10 else f"{factor:.2g}"
+    doing = REGIMES[facts.config.regime].doing
     side = f"{times} times the top of" if above else f"{times} times below the bottom of"
     yield Finding(
         "learning_rate",
         "warning" if above or factor > 10 else "note",
-        f"--learning_rate {_short(rate)} is {side} the range for {regime.doing} ({_short(low)} to {_short(high)}); "
+        f"--learning_rate {_short(rate)} is {side} the range for {doing} ({_short(low)} to {_short(high)}); "
         f"{_place(facts, 'learning_rate')}",
         {"learning_rate": rate, "range": [low, high], "regime": facts.config.regime},
         f"{'Lower' if above else 'Raise'} it, or pass --allow learning_rate to keep it.",
@@ -251,7 +249,7 @@ def _lora(facts: Facts) -> Iterator[Finding]:
         )
         return
     scale = alpha / math.sqrt(r) if adapt.lora_rslora else alpha / r
-    rate, top = config.training.learning_rate, REGIMES["lora"].learning_rates[1]
+    rate, top = config.training.learning_rate, rate_range("lora")[1]
     equivalent = rate * scale * r / USUAL_ALPHA
     if rate <= top < equivalent and config.training.optimizer not in ("sgd", "muon"):
         how = "alpha / sqrt(r)" if adapt.lora_rslora else "alpha / r"

@@ -135,6 +135,12 @@ def require_known_findings(config: Config) -> None:
     check_allowed(config.watching.allow, (*GUARDRAIL_NAMES, *LINT_NAMES, OVERLAP, MEMORY, CHANGED))
 
 
+def _peak_of(model: str) -> float | None:
+    """The learning rate that a model was made with, where it was made here."""
+    rate = trained_with(base_folder(model)).get("learning_rate")
+    return rate if isinstance(rate, float) else None
+
+
 def look_ahead(
     config: Config, texts: Texts, corpus: Corpus, schedule: Schedule, model_max_seq_len: int | None
 ) -> list[Finding]:
@@ -143,7 +149,7 @@ def look_ahead(
     facts = Facts(
         config=config,
         model_max_seq_len=model_max_seq_len,
-        trained_at=trained_with(base_folder(config.model.model)).get("learning_rate") if config.continues else None,
+        trained_at=None if config.regime == "scratch" else _peak_of(config.model.model),
         total_steps=schedule.total_steps,
         warmup_steps=schedule.warmup_steps,
         documents=corpus.num_documents,

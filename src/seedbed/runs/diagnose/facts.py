@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from seedbed.config import REGIMES
+from seedbed.config import REGIMES, rate_range
 from seedbed.runs.diagnose.curves import Curve, make_curve, median
 from seedbed.runs.folder import FINISHED, read_records
 from seedbed.runs.info import RunInfo, read_run
@@ -157,11 +157,8 @@ class Facts:
         """
         if self.run.options.get("optimizer") in ("sgd", "muon") or self.regime not in REGIMES:
             return None
-        regime = REGIMES[self.regime]
         trained_at = number(self.origin.options, "learning_rate") if self.origin else None
-        if self.regime == "continue" and trained_at:
-            return regime.doing, trained_at / 50, trained_at
-        return regime.doing, *regime.learning_rates
+        return REGIMES[self.regime].doing, *rate_range(self.regime, trained_at)
 
     @property
     def times_too_high(self) -> float:
