@@ -12,6 +12,10 @@ from types import FrameType
 
 Handler = Callable[[int, FrameType | None], None]
 
+ECHO = 5.0
+"""Seconds after the first signal in which SIGTERM and SIGHUP say nothing new: whoever ends a job sends it to all of its
+processes, torchrun passes on what it was sent, and systemd sends both."""
+
 SAVING = "saving after this step; once more leaves at once without saving"
 
 
@@ -42,11 +46,15 @@ class StopRequest:
 def listen_for_signals(agree: Callable[[int], int] = int) -> Iterator[StopRequest]:
     """Turn SIGINT, SIGTERM and SIGHUP into a `StopRequest`; a second one leaves at once."""
     request = StopRequest(agree=agree)
+    first = 0.0
 
     def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal first
         if request.received:
+            if number != signal.SIGINT and time.monotonic() - first < ECHO:
+                return
             raise KeyboardInterrupt
-        request.received = number
+        request.received, first = number, time.monotonic()
         # Not print: the signal may have come in the middle of one, and a stream is not entered twice.
         with contextlib.suppress(OSError):  # nobody is there to read it
             os.write(2, f"\n{signal.Signals(number).name}: {SAVING}\n".encode())
