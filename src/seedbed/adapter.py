@@ -36,7 +36,7 @@ from seedbed.model.adjust import grow_vocabulary
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Adapter, Base, Decoder
 from seedbed.model.families import Name, canonical_name, weight_names
-from seedbed.parsing import parse_json
+from seedbed.parsing import parse_json, require_plain_files
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -120,8 +120,9 @@ def base_name(folder: Path) -> str:
     """The base model that an adapter folder names: a path, or a name on the hub.
 
     Raises:
-        CheckpointError: it names none.
+        CheckpointError: it names none, or holds links out of the folder.
     """
+    require_plain_files(folder)
     name = _read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{folder / CONFIG_FILE}: base_model_name_or_path {name!r}: expected the base's folder")

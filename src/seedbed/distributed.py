@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -95,6 +96,13 @@ def joined() -> Iterator[None]:
     finally:
         group.end()
         _group = None
+
+
+def stay_to_the_end() -> None:
+    """Ignore SIGTERM from now on: when one of several ends, torchrun sends it to the others, who have to say why."""
+    if _group is not None:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -299,12 +307,23 @@ class _Group:
         """
         if is_lost(error):
             raise self._why_lost()
+        if isinstance(error, SeedbedError) and error.told:
+            self._await_cause()
+            return
         with contextlib.suppress(RuntimeError):
             described = json.dumps({**_described(error), "rank": self.rank})
             told = json.loads(self._store.set_if_none("cause", described))
             if isinstance(error, SeedbedError) and error.told is None:
                 error.told = told["rank"] != self.rank
             self._let_others_read()
+
+    def _await_cause(self) -> None:
+        """Stay until the process that tells the error is about to: when one ends, torchrun ends them all."""
+        with contextlib.suppress(RuntimeError):
+            deadline = time.monotonic() + PATIENCE
+            while time.monotonic() < deadline and not self._store.check("cause"):
+                time.sleep(0.05)
+            self._store.add("read", 1)
 
     def _why_lost(self) -> LostProcessError:
         """Where the link to the store is cut, asking it takes minutes: not longer than the others need to answer."""
@@ -361,7 +380,8 @@ class _Group:
         """What process `setter` sets under `key`, waited for as long as it lives and none has failed."""
         pause, pulse, since = 0.001, b"", time.monotonic()
         while not self._store.check(key):
-            if cause := self._cause():
+            # A process that failed may have set the key before.
+            if self._store.check("cause") and not self._store.check(key) and (cause := self._cause()):
                 raise cause
             now = self._store.get(f"pulse/{setter}")
             if now != pulse:

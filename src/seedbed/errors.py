@@ -67,6 +67,10 @@ class DataError(SeedbedError):
     exit_code = 3
 
 
+class TooLittleTextError(DataError):
+    """There is text to read, and not enough of it to learn from."""
+
+
 class CheckpointError(SeedbedError):
     """A checkpoint or model folder is damaged or incomplete, and there is no intact one."""
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
+from seedbed.errors import CheckpointError
+
+MODEL_SUFFIXES: Final = (".json", ".jinja", ".txt", ".model", ".safetensors")
 LONGEST_YAML: Final = 2**20  # characters; the parser takes some seconds for so many
 
 
@@ -83,3 +87,23 @@ def _keys_twice(node: yaml.Node | None) -> Iterator[str]:
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             yield from _keys_twice(value)
+
+
+def require_plain_files(folder: Path) -> None:
+    """Look at what a model folder holds before any of it is read.
+
+    Links have to stay inside; those of the hub's cache lead to its blobs.
+
+    Raises:
+        CheckpointError: a link that leaves the folder, or a pipe or device in place of a file.
+    """
+    home = folder.resolve()
+    inside = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
+    for path in folder.glob("*"):
+        if path.suffix not in MODEL_SUFFIXES:
+            continue
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in inside):
+            raise CheckpointError(f"{path} is a link out of its folder, to {target}; put a copy of that file there")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a file; put the model's own there, or remove it")

@@ -171,6 +171,46 @@ def test_a_payload_instead_of_a_file(name: str, maker: str, folder: Path, canary
     assert not canary.exists()
 
 
+LINKED = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "chat_template.jinja")
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_link_out_of_the_folder(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would copy whatever it leads to into what is saved or shown."""
+    outside = folder.parent / "outside"
+    (folder / name).rename(outside) if (folder / name).exists() else outside.write_text("a secret")
+    (folder / name).symlink_to(outside)
+    assert use(folder) == 4
+    assert f"{name} is a link out of its folder" in capsys.readouterr().err
+
+
+def test_links_that_stay_inside(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights")
+    (folder / "model.safetensors").symlink_to("weights")
+    folder.rename(folder.parent / "elsewhere")
+    folder.symlink_to("elsewhere")
+    assert use(folder) == 0
+
+
+def test_the_links_of_the_hubs_cache(folder: Path) -> None:
+    snapshot, blobs = folder.parent / "hub/snapshots/0123", folder.parent / "hub/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(path for path in folder.iterdir() if path.is_file())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert use(snapshot) == 0
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_pipe_instead_of_a_file(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert use(folder) == 4
+    said = capsys.readouterr().err
+    assert f"{name} is not a file" in said or (name == "config.json" and "holds no model" in said)
+
+
 @pytest.mark.parametrize("name", NOT_READ)
 def test_a_payload_beside_the_files(name: str, folder: Path, canary: Path) -> None:
     """It is not looked at: the model is used as if it was not there."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +62,20 @@ def make_rows(tmp_path: Path) -> Callable[..., tuple[StreamedRows, list[int]]]:
         return StreamedRows(num_shards, open_shard, seed=1, wanted=lambda _targets: wanted), opened
 
     return make
+
+
+def test_shards_too_short_for_a_row_are_left_out(run_it: RunIt, shards: Path, tmp_path: Path) -> None:
+    """As the last piece of a text that was cut into files of one size."""
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    for name, text in {"empty": "", "blank": '{"text": ""}\n', "short": '{"text": "A few words."}\n'}.items():
+        (folder / f"part-{name}.jsonl").write_text(text)
+    log = io.StringIO()
+    outcome = run_it(tmp_path / "a", data=str(folder), log=log, **STREAMING)
+    assert (outcome.exit_code, outcome.summary["steps"]) == (0, 200)
+    said = " ".join(log.getvalue().split())
+    for name in ("empty", "blank", "short"):
+        assert said.count(f"part-{name}.jsonl is left out: ") == 1
 
 
 def test_each_pass_has_every_row_of_every_shard_once(make_rows: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from seedbed.data.documents import split_documents, split_lines
-from seedbed.errors import DataError, MissingExtra
+from seedbed.errors import DataError, MissingExtra, TooLittleTextError
 from seedbed.parsing import parse_json
 
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".rst")
@@ -68,7 +68,7 @@ def refuse_if_not_text(path: Path) -> None:
     """Look at a file's beginning. Raises DataError if it is empty, cannot be opened, or is binary."""
     try:
         if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty; give a file with text in it")
+            raise TooLittleTextError(f"{path} is empty; give a file with text in it")
         with path.open("rb") as file:
             head = file.read(2**16)
     except OSError as error:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seedbed.data.store import Store
-from seedbed.errors import DataError
+from seedbed.errors import TooLittleTextError
 
 Ints = NDArray[np.int64]
 
@@ -74,9 +74,9 @@ class PackedRows:
         self.num_targets = int(lengths.sum())
         self.target_bytes = int(store.target_bytes[self._documents].sum())
         if self.num_targets == 0:
-            raise DataError("there are no documents to make rows of; give --data more text")
+            raise TooLittleTextError("there are no documents to make rows of; give --data more text")
         if shuffle and self.num_targets < max_seq_len:
-            raise DataError(
+            raise TooLittleTextError(
                 f"the training text is {self.num_targets:,} tokens, and one row needs {max_seq_len:,}; "
                 f"lower --max_seq_len (it is {max_seq_len}), or give --data more text"
             )
@@ -131,7 +131,7 @@ class WholeRows:
     ) -> None:
         assert max_seq_len > 0
         if len(documents) == 0:
-            raise DataError("there are no documents to make rows of; give --data more text")
+            raise TooLittleTextError("there are no documents to make rows of; give --data more text")
         self._store = store
         self._seed = seed
         self._shuffle = shuffle
@@ -148,7 +148,7 @@ class WholeRows:
         self.truncated_documents = int((lengths > max_seq_len).sum())
         self.truncated_tokens = int((lengths - np.minimum(lengths, max_seq_len)).sum())
         if self.num_targets == 0:
-            raise DataError(
+            raise TooLittleTextError(
                 f"every label is masked: none of the {len(documents):,} examples has a token to learn within "
                 f"--max_seq_len {max_seq_len}; the longest needs {self.longest:,}. Raise it, or see the mask: "
                 "`seedbed data show`"

@@ -22,7 +22,7 @@ from seedbed.data.files import (
 )
 from seedbed.data.named import NAMED, HubRows, load_hub_documents
 from seedbed.data.python_docs import python_docs
-from seedbed.errors import ConfigError, DataError, did_you_mean
+from seedbed.errors import ConfigError, DataError, TooLittleTextError, did_you_mean
 
 
 @final
@@ -49,7 +49,7 @@ class Source:
                 empty = False
                 yield text
         if empty:
-            raise DataError(f"there is no text in {self.name}: every document is empty")
+            raise TooLittleTextError(f"there is no text in {self.name}: every document is empty")
 
     def fingerprint(self) -> str:
         """SHA-256 of the content and of how it is cut into documents, in hexadecimal; names do not count."""

@@ -130,6 +130,19 @@ class ShardRows:
 
 
 @final
+class NoRows:
+    """What a shard gives that is too short for a row."""
+
+    max_seq_len = num_targets = target_bytes = 0
+
+    def __len__(self) -> int:
+        return 0
+
+    def row(self, epoch: int, index: int) -> Row:
+        raise IndexError(f"row {index} of epoch {epoch}")
+
+
+@final
 class StreamedRows:
     """As many rows as a run takes, of one shard after another, in another order in each pass over all.
 

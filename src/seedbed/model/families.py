@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from seedbed.errors import CheckpointError, ConfigError
 from seedbed.model.config import FAMILIES, DecoderConfig, RopeScaling
-from seedbed.parsing import parse_json
+from seedbed.parsing import parse_json, require_plain_files
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,10 @@ def read_config(folder: Path) -> DecoderConfig:
     """The config of a model folder.
 
     Raises:
-        CheckpointError: no `config.json`, or it is damaged.
+        CheckpointError: no `config.json`, or it is damaged, or the folder holds links out of it.
         ConfigError: a model this decoder cannot be; names the key, its value and what is supported.
     """
+    require_plain_files(folder)
     path = folder / "config.json"
     try:
         raw = parse_json(path.read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from seedbed.errors import CheckpointError, ConfigError, DataError
-from seedbed.parsing import parse_json
+from seedbed.parsing import parse_json, require_plain_files
 from seedbed.text.hub import HUB_ID, download
 
 END_OF_TEXT = "<|endoftext|>"
@@ -385,6 +385,7 @@ class Tokenizer:
                     f"tokenizer {name} {what}; give a folder with a tokenizer.json, or a hub id (owner/name)"
                 )
             folder = download(name, TOKENIZER_FILES, "tokenizer")
+        require_plain_files(folder)
         settings = {name: _read_json(folder / name) for name in TOKENIZER_FILES[1:5]}
         backend = _read_backend(folder, settings["tokenizer_config.json"])
         eos_token = _find_eos(backend, settings)

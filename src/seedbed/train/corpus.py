@@ -23,8 +23,8 @@ from seedbed.data.overlap import LIMIT, find_overlap
 from seedbed.data.overlap import NAME as OVERLAP
 from seedbed.data.rows import Rows
 from seedbed.data.store import cache_folder, digest
-from seedbed.data.streaming import ShardRows, StreamedRows, bring, find_shards, open_shard
-from seedbed.errors import ConfigError, DataError
+from seedbed.data.streaming import NoRows, ShardRows, StreamedRows, bring, find_shards, open_shard
+from seedbed.errors import ConfigError, DataError, TooLittleTextError
 from seedbed.findings import Finding
 from seedbed.text.tokenizer import Tokenizer, train_bpe, train_char
 from seedbed.train.job import Validation
@@ -281,7 +281,7 @@ def tokenize(
         val_documents, documents = everything[mask], everything[~mask]
     rows: Rows = _rows(store, documents, options, seed, shuffle=True)
     if options.streaming:
-        rows = _stream(texts.train, rows, reading, options, training)
+        rows = _stream(texts.train, rows, reading, options, training, display)
     validation = None
     if len(val_documents):
         validation = validation_rows(val_store, options, seed, val_documents)
@@ -307,11 +307,17 @@ def _beginning(documents: Iterator[str]) -> Iterator[str]:
 
 
 def _stream(
-    first: Source, first_rows: Rows, reading: Reading, options: DataOptions, training: TrainingOptions
+    first: Source,
+    first_rows: Rows,
+    reading: Reading,
+    options: DataOptions,
+    training: TrainingOptions,
+    display: Display,
 ) -> StreamedRows:
     """Rows of all shards, as many as the run takes."""
     assert options.data is not None
     names, folder = find_shards(options.data), cache_folder() / STREAMING
+    left_out: set[int] = set()
 
     def open_file(path: str) -> Source:
         return open_source(path, text_column=options.text_column, document=options.document, format=first.format)
@@ -319,9 +325,15 @@ def _stream(
     def open_rows(number: int) -> ShardRows:
         if number == 0:
             return ShardRows(first_rows, None)
-        store = open_store(open_shard(names[number], first, folder, open_file), reading, cache=folder)
-        documents = np.arange(store.num_documents)
-        return ShardRows(_rows(store, documents, options, training.seed, shuffle=True), store.path)
+        try:
+            store = open_store(open_shard(names[number], first, folder, open_file), reading, cache=folder)
+            rows = _rows(store, np.arange(store.num_documents), options, training.seed, shuffle=True)
+        except TooLittleTextError as error:
+            if number not in left_out:
+                display.line(f"{names[number]} is left out: {error}")
+            left_out.add(number)
+            return ShardRows(NoRows(), None)
+        return ShardRows(rows, store.path)
 
     def wanted(targets: float) -> int:
         limits = []

@@ -40,6 +40,9 @@ def _run(config: Config, display: Display) -> Outcome:
             display.line(f"Going on from {start.checkpoint} at step {job.state.step}")
         try:
             return train(job, display)
+        except Exception:
+            distributed.stay_to_the_end()
+            raise
         finally:
             job.board.close()
             if distributed.is_first():

@@ -93,7 +93,8 @@ def _handled_by(handle: Handler, *names: str) -> Iterator[None]:
         yield
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is handle:
+                signal.signal(number, handler)
 
 
 class Stopwatch:
