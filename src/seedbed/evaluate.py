@@ -53,6 +53,7 @@ class Evaluation:
     max_seq_len: int
     stride: int
     cut: int = 0  # conversations longer than the context, of which only the beginning counts
+    left_out: int = 0  # documents in which nothing is predicted, and which no count above has
 
     @property
     def nats_per_token(self) -> float:
@@ -95,6 +96,7 @@ class Evaluation:
             "max_seq_len": self.max_seq_len,
             "stride": self.stride,
             "cut": self.cut,
+            "left_out": self.left_out,
             "model": model,
             "data": data,
         }
@@ -162,7 +164,8 @@ def evaluate(
             f"There is nothing to predict: of {count.documents:,} conversations none has an answer that begins within "
             f"{max_seq_len:,} tokens. Raise --max_seq_len, or shorten the questions."
         )
-    return Evaluation(nats, tokens, round(count.words), max(1, round(count.bytes)), max_seq_len, stride, count.cut)
+    sizes = round(count.words), max(1, round(count.bytes))
+    return Evaluation(nats, tokens, *sizes, max_seq_len, stride, count.cut, count.left_out)
 
 
 def windows(tokens: Tokens, max_seq_len: int, stride: int) -> Iterator[tuple[Tokens, int]]:
@@ -202,6 +205,7 @@ class _Count:
     words: float = 0
     bytes: float = 0
     cut: int = 0
+    left_out: int = 0
 
     def add(self, text: str, share: float = 1) -> None:
         """Count the words and bytes of a text of which so much is predicted."""
@@ -220,6 +224,7 @@ def _windows(
         for text, some in zip(texts, pieces, strict=True):
             tokens = np.concatenate(list(islice(encoded, len(some))))
             count.documents += 1
+            count.left_out += len(tokens) < 2
             if len(tokens) > 1:
                 count.add(text)
                 for window, scored in windows(tokens, max_seq_len, stride):
@@ -234,6 +239,7 @@ def _conversations(template: Template, documents: Iterable[str], max_seq_len: in
         scored = np.array(example.trained[1 : max_seq_len + 1], dtype=np.bool_)
         count.documents += 1
         count.cut += len(example.token_ids) > len(tokens)
+        count.left_out += not scored.any()
         if scored.any():
             for answer in example.answers:
                 count.add(answer, int(scored.sum()) / sum(example.trained[1:]))

@@ -16,16 +16,24 @@ MODEL_SUFFIXES: Final = (".json", ".jinja", ".txt", ".model", ".safetensors")
 LONGEST_YAML: Final = 2**20  # characters; the parser takes some seconds for so many
 
 
-def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says.
+def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
+    """What a JSON text says; of a key that stands twice the second value, or with `unique` an error.
 
     Raises:
         ValueError: it is not JSON, or its brackets nest too deep.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_doubles if unique else None)
     except RecursionError:
         raise ValueError("its brackets nest too deep") from None
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return found
 
 
 ALIAS: Final = re.compile(r"(?:^|[\s\[{,])\*", re.MULTILINE)

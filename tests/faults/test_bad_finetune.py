@@ -140,7 +140,7 @@ def test_examples_so_long_that_no_answer_is_left(work: Path, tune: Fails) -> Non
         ("{{ raise_exception('no questions here') }}", 3, ("no questions here", "'Is it ")),
         ("{{ messages[9].content }}", 3, ("fails on the conversation of 2 messages",)),
         ("{{ messages.__class__.__mro__ }}", 2, ("may not", "Do not trust it")),
-        ("{{ messages | length }} messages", 3, ("--train_on_prompt",)),
+        ("{{ messages | length }} messages", 3, ("prints nothing of the answers",)),
     ],
 )
 def test_a_template_that_cannot_be_used(

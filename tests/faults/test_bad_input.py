@@ -405,3 +405,33 @@ def test_what_is_broken_comes_before_what_is_short(
     (work / name).write_bytes(content)
     message = pretrain(3, ["--data", name])
     assert name in message and words in message
+
+
+def test_all_that_is_wrong_is_said_though_a_file_cannot_be_read(fails: Fails) -> None:
+    words = ["pretrain", "--config", "nothere.yaml", "--lerning_rate", "3", "--epochs", "two"]
+    lines = fails(2, words).splitlines()
+    assert [line.split()[1] for line in lines] == ["--config", "unknown", "--epochs"]
+
+
+def test_text_and_model_are_missed_together(fails: Fails) -> None:
+    assert [line.split()[1] for line in fails(2, ["finetune"]).splitlines()] == ["--data", "--model"]
+
+
+@pytest.mark.parametrize("verb", [["pretrain", "--data", "a.txt"], ["plan", "pretrain"], ["plan", "finetune"]])
+def test_a_preset_that_is_no_model(fails: Fails, verb: list[str]) -> None:
+    assert "a preset without a shape; give it with --config" in fails(2, [*verb, "--model", "data-limited"])
+
+
+def test_a_preset_where_weights_are_needed(fails: Fails, work: Path) -> None:
+    (work / "a.txt").write_text("Some words. " * 100)
+    message = fails(2, ["finetune", "--model", "tiny", "--data", "a.txt", "--output", "out"])
+    assert "--model tiny is a preset for pretrain" in message
+
+
+def test_a_finished_run_says_how_to_go_further(
+    fails: Fails, tiny_run: Path, small_text_file: Path, tmp_path: Path
+) -> None:
+    run_folder = tmp_path / "Run"
+    shutil.copytree(tiny_run, run_folder)
+    words = ["pretrain", "--data", str(small_text_file), "--epochs", "99", "--output", str(run_folder)]
+    assert f"--resume_from {run_folder}/checkpoints/final" in fails(2, words)

@@ -161,6 +161,17 @@ def test_early_stopping_without_any_validation_loss(
     assert "checkpoints/final" in log.getvalue()
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_validation_text_that_is_learnt_too_is_told(
+    run_it: RunIt, small_text_file: Path, tmp_path: Path, same: bool
+) -> None:
+    text = small_text_file.read_text(encoding="utf-8")
+    (tmp_path / "held_out.txt").write_text(text[-2000:] if same else "Other words, one after another. " * 40)
+    run_it(tmp_path / "a", data=str(small_text_file), val_data=str(tmp_path / "held_out.txt"), max_steps=1)
+    events = [event.get("name") for event in read_records(tmp_path / "a/events.jsonl")]
+    assert ("held_out_overlap" in events) is same
+
+
 def test_patience_zero_is_off(run_it: RunIt, tmp_path: Path) -> None:
     options = {"learning_rate": 0.3, "lr_schedule": "constant", "early_stopping_patience": 0, "epochs": 4}
     assert run_it(tmp_path / "a", **options).summary["status"] == "done"

@@ -76,6 +76,7 @@ def test_values_by_hand() -> None:
         "max_seq_len": 8,
         "stride": 4,
         "cut": 0,
+        "left_out": 0,
         "model": "m",
         "data": "d",
     }

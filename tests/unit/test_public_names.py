@@ -79,6 +79,7 @@ def test_every_error_is_a_seedbed_error_with_its_exit_code() -> None:
         "ConfigError": 2,
         "MissingExtra": 2,
         "DataError": 3,
+        "TooLittleTextError": 3,
         "CheckpointError": 4,
         "RunInUseError": 5,
         "DivergedError": 6,

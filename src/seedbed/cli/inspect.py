@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.text import Text
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
-from seedbed.cli.options import given, layers, sections
+from seedbed.cli.options import given, resolved, sections
 from seedbed.cli.verb import Verb, refuse_unknown
-from seedbed.config import FLAGS, TRAINED_HERE, DataOptions, TextOptions, read_section, resolve
+from seedbed.config import FLAGS, TRAINED_HERE, DataOptions, TextOptions, read_section
 from seedbed.data.rows import NO_TARGET
 from seedbed.errors import CheckpointError, ConfigError
 
@@ -142,7 +142,7 @@ def show_data(ctx: click.Context, /, num: int, model: str | None, as_json: bool,
     What is learnt is shown plain (in colour, for conversations), what is only context dimmed, and a bar marks
     where a document begins: nothing to its right sees anything to its left.
     """
-    config = resolve("scratch", layers(ctx, "scratch", DataOptions.model_fields))
+    config = resolved(ctx, "scratch", names=DataOptions.model_fields)
     if model is not None and config.is_given("tokenizer"):
         raise ConfigError("--tokenizer and --model both name a tokenizer; leave one of them out")
     from seedbed.train.corpus import make_tokenizer, open_training_texts, require_a_row, tokenize

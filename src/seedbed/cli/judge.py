@@ -19,6 +19,7 @@ from seedbed.cli.options import given, sections
 from seedbed.cli.verb import Verb, refuse_unknown, refuse_without_data
 from seedbed.config import FLAGS, SamplingOptions, Section, read_section
 from seedbed.errors import ConfigError, SeedbedError
+from seedbed.judge.references import chrf
 from seedbed.runs.folder import update_summary
 from seedbed.runs.info import is_run, read_run, run_of
 
@@ -109,6 +110,7 @@ def judge(
     options = read_section(JudgeOptions, given(ctx, JudgeOptions.model_fields), FLAGS)
     sampling = _sampling(ctx)
     _refuse_contradictions(options, model, against)
+    chrf("", "")  # without its library nothing is asked
     folder = _transcripts(model, output)
     models, remark = _models(model, baseline, against)
     questions, kind = _questions(model, data, form, limit)

@@ -127,6 +127,7 @@ def evaluate(
             "Bytes": f"{facts['bytes']:,}",
             "Context": facts["max_seq_len"],
             "Stride": facts["stride"],
+            **({"Left out": f"{facts['left_out']:,} documents with nothing to predict"} if result.left_out else {}),
             **({"Cut": f"{facts['cut']:,} conversations longer than the context; --max_seq_len"} if result.cut else {}),
         }
     )

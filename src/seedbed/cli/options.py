@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import click
 from pydantic.fields import FieldInfo
 
 from seedbed.cli.verb import unknown_flags
-from seedbed.config import FLAGS, REGIMES, Layer, Section, option_names, read_config_file, read_run_options
+from seedbed.config import (
+    FLAGS,
+    REGIMES,
+    Config,
+    Layer,
+    Section,
+    option_names,
+    read_config_file,
+    read_run_options,
+    resolve,
+)
 from seedbed.errors import ConfigError
 
 TEXTS = ("data", "val_data", "general_data")
@@ -65,13 +76,31 @@ from_option = click.option(
 )
 
 
-def layers(ctx: click.Context, regime: str, names: Iterable[str] | None = None) -> list[Layer]:
-    """Weakest first: another run's options, the file's, the flags' (or `names` of them), unknown flags among them."""
+def resolved(
+    ctx: click.Context,
+    regime: str,
+    *,
+    below: Sequence[Layer] = (),
+    names: Iterable[str] | None = None,
+    needs_text: bool = False,
+) -> Config:
+    """The config that `--from`, the file and the flags (or `names` of them) make, over the layers `below`.
+
+    needs_text: whether nothing can be done without `--data`.
+
+    Raises:
+        ConfigError: everything that is wrong, a run or a file that cannot be read and unknown flags among it.
+    """
+    layers, unread = list(below), list[str]()
+    for read, name in ((partial(read_run_options, regime), "from_run"), (read_config_file, "config")):
+        if ctx.params.get(name):
+            try:
+                layers.append(read(ctx.params[name]))
+            except ConfigError as error:
+                unread += error.problems
     flags = given(ctx, option_names(regime) if names is None else names)
-    flags.update(dict.fromkeys(unknown_flags(ctx), ""))
-    run = [read_run_options(regime, ctx.params["from_run"])] if ctx.params.get("from_run") else []
-    file = [read_config_file(ctx.params["config"])] if ctx.params.get("config") else []
-    return [*run, *file, Layer(FLAGS, flags)]
+    layers.append(Layer(FLAGS, {**flags, **dict.fromkeys(unknown_flags(ctx), "")}))
+    return resolve(regime, layers, unread, needs_text=needs_text)
 
 
 def given(ctx: click.Context, names: Iterable[str]) -> dict[str, Any]:

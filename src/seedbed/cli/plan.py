@@ -7,10 +7,10 @@ from typing import Any
 import click
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
-from seedbed.cli.options import config_option, from_option, layers, sections
+from seedbed.cli.options import config_option, from_option, resolved, sections
 from seedbed.cli.training import CONTINUING, FINETUNING
 from seedbed.cli.verb import Verb
-from seedbed.config import REGIMES, TRAINED_HERE, resolve
+from seedbed.config import REGIMES, TRAINED_HERE
 
 memory_limit_option = click.option(
     "--memory_limit", metavar="SIZE", help="Find the largest batch that fits into so much, such as 8GB."
@@ -74,7 +74,7 @@ def _plan(regime: str, ctx: click.Context, as_json: bool, memory_limit: str | No
     from seedbed.train.plan import plan_run
     from seedbed.train.progress import Display
 
-    config = resolve(regime, layers(ctx, regime))
+    config = resolved(ctx, regime)
     display = Display(make_console(as_json), config.watching.log_every)
     facts = plan_run(config, display, memory_limit)
     if as_json:

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from seedbed.cli.console import json_option, make_console, print_json
-from seedbed.cli.options import config_option, from_option, layers, sections
+from seedbed.cli.options import config_option, from_option, resolved, sections
 from seedbed.cli.verb import Verb
 from seedbed.config import (
     REGIMES,
@@ -19,7 +19,6 @@ from seedbed.config import (
     Layer,
     SamplingOptions,
     read_config_file,
-    resolve,
 )
 from seedbed.errors import ConfigError
 
@@ -39,8 +38,7 @@ CONTINUING = ("continue", "continue-lora")
 @click.pass_context
 def pretrain(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
     """Train a language model from scratch."""
-    resolved = resolve("scratch", layers(ctx, "scratch"))
-    return _train(resolved, make_console(as_json), as_json)
+    return _train(resolved(ctx, "scratch", needs_text=True), make_console(as_json), as_json)
 
 
 @click.command(
@@ -55,8 +53,7 @@ def pretrain(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
 @click.pass_context
 def finetune(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
     """Adapt a pretrained model to your text or your instructions: whole, in part, or with LoRA."""
-    resolved = resolve("finetune", layers(ctx, "finetune"))
-    return _train(resolved, make_console(as_json), as_json)
+    return _train(resolved(ctx, "finetune", needs_text=True), make_console(as_json), as_json)
 
 
 @click.command(
@@ -77,11 +74,10 @@ def continue_(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
     The model's folder remembers its domains: held-out text of each, some training text to replay, all figures. With
     --rollback_to and no --data, the model as it was after that domain is copied to --output.
     """
-    resolved = resolve("continue", layers(ctx, "continue"))
-    console = make_console(as_json)
-    if resolved.keeping.rollback_to and resolved.data.data is None and not resolved.watching.resume_from:
-        return _roll_back(resolved, as_json)
-    return _train(resolved, console, as_json)
+    config = resolved(ctx, "continue", needs_text=True)
+    if config.keeping.rollback_to and config.data.data is None and not config.watching.resume_from:
+        return _roll_back(config, as_json)
+    return _train(config, make_console(as_json), as_json)
 
 
 def _roll_back(config: Config, as_json: bool) -> int:
@@ -107,11 +103,10 @@ def _roll_back(config: Config, as_json: bool) -> int:
 def demo(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
     """The tour: train on the documentation inside your own Python, evaluate, generate. About two minutes."""
     output = Layer("preset demo", {"output": "runs/demo"})
-    resolved = resolve("scratch", [read_config_file("demo"), output, *layers(ctx, "scratch")])
-    console = make_console(as_json)
-    if code := _train(resolved, console, as_json):
+    config, console = resolved(ctx, "scratch", below=[read_config_file("demo"), output]), make_console(as_json)
+    if code := _train(config, console, as_json):
         return code
-    _tour(str(resolved.watching.output), console)
+    _tour(str(config.watching.output), console)
     return 0
 
 

@@ -22,6 +22,12 @@ def _whole(value: Any) -> Any:
     return value
 
 
+def folder_of_config(name: Any) -> Any:
+    """The folder of a model that is named by its config.json; any other name as it is."""
+    folder, slash, file = name.rpartition("/") if isinstance(name, str) else ("", "", "")
+    return (folder or slash or ".") if file == "config.json" else name
+
+
 def _above_zero(temperature: float) -> float:
     if temperature <= 0:
         raise PydanticCustomError("temperature", "greater than 0; --greedy takes the likeliest token each time")
@@ -102,7 +108,7 @@ class DataOptions(TextOptions):
 class PretrainedOptions(Section):
     """Model"""
 
-    model: str = Field(
+    model: Annotated[str, BeforeValidator(folder_of_config)] = Field(
         description="From scratch, a preset (tiny, small, medium, distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl) "
         "or a folder with a config.json; to fine-tune, a model folder, a run, or a hub id.",
     )

@@ -23,6 +23,7 @@ from seedbed.config.options import (
     Section,
     TrainingOptions,
     WatchOptions,
+    folder_of_config,
 )
 from seedbed.config.regimes import REGIMES, WITH_LORA, option_names
 from seedbed.errors import ConfigError, did_you_mean
@@ -38,6 +39,7 @@ FOUND_OUT = ("model ", "this machine", "--method ", "half the peak of ", "the pe
 """How the sources of values begin that the program worked out for one run."""
 OF_ONE_RUN = frozenset({"output", "resume_from", "resume", "stop_at_step"})
 """Options that no other run inherits."""
+NO_DATA = "--data is missing: name a text file, a folder, or a source such as python-docs (`seedbed data list`)"
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -118,13 +120,16 @@ class Config:
         return yaml.safe_dump(content, sort_keys=False)
 
 
-def resolve(regime: str, layers: Sequence[Layer]) -> Config:
+def resolve(regime: str, layers: Sequence[Layer], unread: Sequence[str] = (), *, needs_text: bool = False) -> Config:
     """Merge `layers` (weakest first) over the defaults of `regime`, which LoRA changes when they ask for it.
+
+    unread: why other layers could not be read; what seems to be missing may stand there.
+    needs_text: whether nothing can be done without `data`.
 
     Raises:
         ConfigError: listing every unknown name, wrong type and contradiction at once.
     """
-    problems = [problem for layer in layers for problem in _unknown(regime, layer)]
+    problems = [*unread, *(problem for layer in layers for problem in _unknown(regime, layer))]
     if regime in WITH_LORA and _asks_for_lora(layers):
         regime = WITH_LORA[regime]
     presets = _preset_layer(layers, problems) if regime == "scratch" else []
@@ -136,8 +141,9 @@ def resolve(regime: str, layers: Sequence[Layer]) -> Config:
         values.update(known)
         sources.update({name: layer.origins.get(name, layer.source) for name in known})
     config = _build(regime, values, sources, problems)
-    if contradictions := [*problems, *_contradictions(config)]:
-        raise ConfigError(contradictions)
+    contradictions = () if unread else _contradictions(config, needs_text=needs_text)
+    if problems := [*problems, *contradictions]:
+        raise ConfigError(problems)
     parents = [layer.run for layer in layers if layer.run]
     return replace(config, parent=parents[-1]) if parents else config
 
@@ -151,7 +157,8 @@ def read_config_file(name: str) -> Layer:
     path = Path(name)
     if not path.is_file():
         if name in preset_names():
-            return Layer(f"preset {name}", read_preset(name))
+            preset = read_preset(name)
+            return Layer(f"preset {name}", {"model": name, **preset} if "arch" in preset else preset)
         known = ", ".join(preset_names())
         raise ConfigError(f"--config {name}: no such file, and no preset of that name. Presets: {known}.")
     values = read_yaml(path, f"--config {name}")
@@ -267,9 +274,13 @@ def _asks_for_lora(layers: Sequence[Layer]) -> bool:
 def _preset_layer(layers: Sequence[Layer], problems: list[str]) -> list[Layer]:
     """The preset that `model` names; it goes beneath the layers, so that every flag and file value wins over it."""
     named = [layer for layer in layers if "model" in layer.values]
-    name = str(named[-1].values["model"]) if named else REGIMES["scratch"].defaults["model"]
+    name = str(folder_of_config(named[-1].values["model"])) if named else REGIMES["scratch"].defaults["model"]
     if name in preset_names():
-        return [Layer(f"preset {name}", read_preset(name))]
+        preset = read_preset(name)
+        if "arch" in preset:
+            return [Layer(f"preset {name}", preset)]
+        problems.append(f"{where('model', name, named[-1].source)}: a preset without a shape; give it with --config")
+        return []
     if not _is_model_folder(name):
         place = where("model", name, named[-1].source)
         problems.append(
@@ -332,12 +343,15 @@ def _explain(detail: Any, values: Mapping[str, Any], sources: Mapping[str, str])
     return f"{where(name, values.get(name), sources.get(name, 'default'))}: expected {expected}"
 
 
-def _contradictions(config: Config) -> Iterable[str]:
+def _contradictions(config: Config, *, needs_text: bool) -> Iterable[str]:
     data, training, adapt, sources = config.data, config.training, config.adapt, config.sources
 
     def say(name: str) -> str:
         return where(name, config.values()[name], sources[name])
 
+    known = (data.data, config.watching.output, config.watching.resume_from, config.keeping.rollback_to)
+    if needs_text and not any(known):  # the last three lead to a run that has a text
+        yield NO_DATA
     if training.min_lr > training.learning_rate:
         yield f"{say('min_lr')} is above {say('learning_rate')}; lower it"
     if training.lr_schedule == "constant" and config.is_typed("min_lr"):

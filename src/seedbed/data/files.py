@@ -123,7 +123,7 @@ def read_json_rows(path: Path) -> Iterator[tuple[str, Row]]:
             return
         is_first = False
         try:
-            row = parse_json(line)
+            row = parse_json(line, unique=True)
         except ValueError as error:
             raise DataError(
                 f"{path}, line {number} is not a JSON object: {_json_reason(error)}. "
@@ -134,7 +134,7 @@ def read_json_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _read_json_array(path: Path, content: str) -> Iterator[tuple[str, Row]]:
     try:
-        rows = parse_json(content)
+        rows = parse_json(content, unique=True)
     except ValueError as error:
         raise DataError(f"{path} is not a JSON array: {_json_reason(error)}; correct it there") from None
     for number, row in enumerate(rows, start=1):

@@ -203,11 +203,12 @@ def find_files(spec: str, flag: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        # A .json beside a text is more often a description of it than rows of text.
-        suffixes = [suffix for suffix in (*TEXT_SUFFIXES, *TABLE_SUFFIXES) if suffix != ".json"]
+        suffixes = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
         inside = sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix())
         paths = [file for file in inside if file.is_file() and file.suffix.lower() in suffixes]
         paths = [file for file in paths if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+        # A .json beside a text is more often a description of it than rows of text.
+        paths = [file for file in paths if file.suffix.lower() != ".json"] or paths
         if not paths:
             raise DataError(f"there are no text files in {spec}; expected names that end in {', '.join(suffixes)}")
         return paths
@@ -225,7 +226,7 @@ def _missing(spec: str, path: Path, flag: str) -> str:
         return f"{flag} {spec}: neither a file nor a folder; text that comes through a pipe has to be in a file first"
     near = did_you_mean(spec, list(NAMED))
     if not near and path.parent.is_dir():
-        beside = {other.name: str(path.parent / other.name) for other in path.parent.iterdir()}
+        beside = {other.name: str(other) for other in path.parent.iterdir() if other.exists()}
         guess = did_you_mean(path.name, list(beside)).removeprefix("; did you mean ").removesuffix("?")
         near = f"; did you mean {beside[guess]}?" if guess else ""
     hint = near or f"; expected a file, a folder, a glob, or one of {', '.join(NAMED)}"

@@ -131,6 +131,7 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         write_atomically(self.path / "config.yaml", text)
+        (self.path / "events.jsonl").touch()  # though nothing may happen
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace `metrics.json`; see `unwritten`."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from seedbed.config import FLAGS, FREE_TO_CHANGE, OF_ONE_RUN, Config, Layer, resolve
+from seedbed.config import FLAGS, FREE_TO_CHANGE, NO_DATA, OF_ONE_RUN, Config, Layer, resolve
 from seedbed.errors import ConfigError, did_you_mean
 from seedbed.sweep.file import Halving, SweepFile, read_sweep_file
 
@@ -253,7 +253,7 @@ def _repeated_values(file: SweepFile) -> Iterator[str]:
 
 def _without_text(config: Config) -> Iterator[str]:
     if config.data.data is None:
-        yield "--data is missing: name a text file, a folder, or a source such as python-docs (`seedbed data list`)"
+        yield NO_DATA
 
 
 def _rungs_missed(halving: Halving | None, config: Config) -> Iterator[str]:

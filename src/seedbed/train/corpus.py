@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seedbed import distributed
-from seedbed.config import TRAINED_HERE, DataOptions, TextOptions, TrainingOptions, read_section
+from seedbed.config import NO_DATA, TRAINED_HERE, DataOptions, TextOptions, TrainingOptions, read_section
 from seedbed.data import PackedRows, Reading, Source, Store, WholeRows, from_texts, held_out, open_source, open_store
 from seedbed.data.augment import augmented
 from seedbed.data.conversations import from_document, split_key
@@ -164,9 +164,7 @@ def open_texts(options: TextOptions) -> Texts:
         DataError: missing, empty, or not text.
     """
     if options.data is None:
-        raise ConfigError(
-            "--data is missing: name a text file, a folder, or a source such as python-docs (`seedbed data list`)"
-        )
+        raise ConfigError(NO_DATA)
 
     def source(spec: str, split: str = "train", flag: str = "--data") -> Source:
         return open_source(

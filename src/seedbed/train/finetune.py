@@ -90,7 +90,11 @@ def prepare(config: Config, folder: Path, display: Display, saved: Tokenizer | N
 
 def base_folder(name: str) -> Path:
     """The folder of the pretrained model that `--model` means: a folder, a run's best checkpoint, a hub id."""
-    return find_model(name) if Path(name).is_dir() else find_pretrained(name)
+    if Path(name).is_dir():
+        return find_model(name)
+    if name in preset_names() and "gpt2" not in name:  # those names are the hub's, too
+        raise ConfigError(f"--model {name} is a preset for pretrain; name a model folder, a run or a hub id")
+    return find_pretrained(name)
 
 
 def base_shape(folder: Path) -> DecoderConfig:
@@ -105,6 +109,8 @@ def planned_shape(name: str) -> DecoderConfig:
     if name not in preset_names() or Path(name).exists():
         return base_shape(base_folder(name))
     values = read_preset(name)
+    if "arch" not in values:
+        raise ConfigError(f"--model {name} is a preset without a shape; give it with --config, and a --model beside it")
     sizes = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "max_seq_len")
     known = {key: values[key] for key in sizes if key in values}
     return from_scratch(values["arch"], vocab_size=values.get("vocab_size", 50257), **known)

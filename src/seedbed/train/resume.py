@@ -18,6 +18,7 @@ from seedbed.parsing import parse_yaml
 from seedbed.runs.folder import FINISHED, ReadOnlyRunFolder, RunFolder, read_summary
 from seedbed.runs.info import is_run
 
+FURTHER = "to train it further, give --resume_from {}/checkpoints/final, more --epochs and a new --output"
 SHAPE = frozenset(
     [
         "tokenizer",
@@ -192,8 +193,9 @@ def _adopt(config: Config, path: Path, free: frozenset[str]) -> Config:
     if contradictions := sorted(given - free):
         listed = "; ".join(f"--{name} {now[name]} (the run has {saved.get(name)})" for name in contradictions)
         raise ConfigError(
-            f"the run {path} was begun with other options: {listed}. "
-            "Leave them out to go on with it, or choose another --output for a new run"
+            f"the run {path} was begun with other options: {listed}; "
+            f"{FURTHER.format(path) if _finished(path) else 'leave them out to go on with it'}, or choose another "
+            "--output for a new run"
         )
     own = OF_ONE_RUN | given
     if given & {"warmup_steps", "warmup_ratio"}:

@@ -10,7 +10,7 @@ from seedbed.streams import outlasting_readers
 from seedbed.train.build import build_job
 from seedbed.train.loop import Outcome, train
 from seedbed.train.progress import Display
-from seedbed.train.resume import AlreadyFinished, open_run
+from seedbed.train.resume import FURTHER, AlreadyFinished, open_run
 from seedbed.train.stopping import leave_on_signals
 from seedbed.train.verdict import look_back
 
@@ -29,7 +29,8 @@ def run_training(config: Config, console: Console) -> Outcome:
 def _run(config: Config, display: Display) -> Outcome:
     start = open_run(config)
     if isinstance(start, AlreadyFinished):
-        display.line(f"{start.path} is finished; choose another --output for a new run")
+        further = FURTHER.format(start.path)
+        display.line(f"{start.path} is finished; {further}, or choose another --output for a new run")
         return Outcome(start.path, 0, start.summary)
     try:
         for remark in start.remarks:

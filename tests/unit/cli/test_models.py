@@ -71,6 +71,7 @@ def test_evaluate_on_a_text_and_on_what_the_run_held_out(
         "max_seq_len",
         "stride",
         "cut",
+        "left_out",
         "model",
         "data",
     }

@@ -243,6 +243,8 @@ def test_an_array_after_empty_lines(tmp_path: Path) -> None:
 def test_json_that_is_broken(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 2 is not a JSON object"):
         conversations(write(tmp_path / "a.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": '))
+    with pytest.raises(DataError, match="line 1 is not a JSON object: the key 'prompt' stands there twice"):
+        conversations(write(tmp_path / "a.jsonl", '{"prompt": "a", "prompt": "c", "completion": "b"}'), "completion")
     with pytest.raises(DataError, match="is not a JSON array"):
         detect_format(write(tmp_path / "a.json", '[{"prompt": "a"'))
 

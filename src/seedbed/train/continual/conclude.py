@@ -211,7 +211,7 @@ def report(stage: Stage, display: Display) -> None:
     learnt = "learnt" if stage.after != stage.before else "not learnt: the model is as it was"
     for domain, figure in stage.after.items():
         before: Figure = stage.before[domain]
-        what = learnt if domain == stage.domain else "kept"
+        what = learnt if domain == stage.domain else "known before"
         display.line(
             f"  {domain:<{width}}  {before.bits_per_byte:.4f} -> {figure.bits_per_byte:.4f}  "
             f"({forgetting(before, figure):+.2%}, {what})"
