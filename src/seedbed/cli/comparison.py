@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
 from textwrap import wrap
 
 from seedbed.runs.columns import COLUMNS, cell, score
@@ -97,16 +98,17 @@ def _blocks(grid: Grid, width: int) -> Iterator[str]:
 
 
 def _cells(comparison: Comparison, name: str) -> list[str]:
-    """A figure of each run; of those that were finished, the best marked where they compare."""
+    """A figure of each run; of those that were finished, the best marked where they compare and one looks best."""
     values, column = comparison.figures[name], COLUMNS[name]
     statuses = comparison.figures.get("status", FINISHED[:1] * len(values))
-    finished = [score(value) for value, how in zip(values, statuses, strict=True) if how in FINISHED]
-    known = [value for value in finished if is_number(value)]
     texts = [cell(value, column) or "-" for value in values]
-    if len(known) < 2 or column.better is None or not _compares(name, comparison.measure):
+    finished = [place for place, how in enumerate(statuses) if how in FINISHED and is_number(score(values[place]))]
+    if len(finished) < 2 or column.better is None or not _compares(name, comparison.measure):
         return texts
-    best = min(known) if column.better == "lower" else max(known)
-    return [f"{text} *" if score(value) == best else text for text, value in zip(texts, values, strict=True)]
+    best = (min if column.better == "lower" else max)(finished, key=lambda place: score(values[place]))
+    if [texts[place] for place in finished].count(texts[best]) == 1:
+        texts[best] += " *"
+    return texts
 
 
 def _compares(name: str, measure: Measure | None) -> bool:
@@ -149,7 +151,8 @@ def _verdicts(comparison: Comparison) -> list[str]:
     if not measured:
         return []
     best = min(measured, key=lambda group: group.val_loss or 0.0)
-    return [sentence for sentence in comparison.verdicts if sentence.startswith(f"{best.name} is better")]
+    pairs = zip(comparison.verdicts, combinations(comparison.groups, 2), strict=True)
+    return [sentence for sentence, pair in pairs if best in pair]
 
 
 def _prompt(answers: Answers) -> str:

@@ -224,14 +224,17 @@ def _verdict(runs: Sequence[RunInfo], first: Group, second: Group) -> str:
         first, second, values = second, first, values[::-1]
     lengths = [runs[group.members[0]].options.get("max_seq_len") for group in (first, second)]
     rows = f", each in rows of its own length ({lengths[0]} and {lengths[1]})" if lengths[0] != lengths[1] else ""
-    return f"{_sentence(first, second, values, measure)}{rows}; {_noise(first, second, difference(*values))}"
+    gap = difference(*values)
+    return f"{_sentence(first, second, values, measure, gap)}{rows}; {_noise(first, second, gap)}"
 
 
-def _sentence(better: Group, worse: Group, values: Sequence[Sequence[float]], measure: Measure) -> str:
-    gap = fmean(values[1]) - fmean(values[0])
+def _sentence(better: Group, worse: Group, values: Sequence[Sequence[float]], measure: Measure, gap: Difference) -> str:
     because = "" if measure == "val_loss" else " (their tokens may differ, so losses do not compare)"
     means = " against ".join(spread(fmean(each), stdev(each) if len(each) > 1 else None, len(each)) for each in values)
-    return f"{better.name} is better than {worse.name} by {gap:.4f} {UNITS[measure]}{because}, {means}"
+    by = f"{-gap.mean:.4f} {UNITS[measure]}{because}, {means}"
+    if gap.exceeds_noise is False:
+        return f"no clear difference: {better.name} and {worse.name} are apart by {by}"
+    return f"{better.name} is better than {worse.name} by {by}"
 
 
 def _noise(better: Group, worse: Group, gap: Difference) -> str:

@@ -152,7 +152,7 @@ def test_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
         "seed    0  1  0",
         "val loss  2.0000  2.1000  1.0000 *",
         "a + b  2.0500 ± 0.0707 (2)",
-        "c is better than a + b by 1.0500 nats per token",
+        "no clear difference: c and a + b are apart by 1.0500 nats per token",
         "run     640   1,280",
         "  c  said c",
     ):
@@ -209,6 +209,24 @@ def test_reports(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, "compare", "a", "b", "--report", "again.html").splitlines()[-1] == "again.html"
     assert Path("both.html").is_file()
     assert Path("again.html").is_file()
+def test_what_looks_the_same_is_not_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, memory, hours in (("a", 1401.0, 3.0), ("b", 1402.0, 2.0), ("c", 1900.0, 2.5)):
+        write_run(Path("runs") / name, {"epochs": ord(name)}, {"peak_memory_mb": memory, "hours": hours})
+    lines = [" ".join(line.split()) for line in printed(capsys, "compare", "a", "b", "c").splitlines()]
+    assert "memory 1.4 GB 1.4 GB 1.9 GB" in lines
+    assert "time 3.0 h 2.0 h * 2.5 h" in lines
+
+
+def test_of_many_pairs_those_of_the_best_are_shown_also_within_the_noise(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"{letter}-{seed}" for letter in "abcdef" for seed in (0, 1)]
+    for name in names:
+        loss = 2 + (ord(name[0]) - 97) / 1000 + int(name[2]) / 10
+        write_run(Path("runs") / name, {"epochs": ord(name[0]), "seed": int(name[2])}, {"best_val_loss": loss})
+    text = printed(capsys, "compare", *names)
+    assert text.count("no clear difference: a and ") == 5
+    assert "10 comparisons of pairs more" in text
+
+
 
 
 TERMINAL = """
