@@ -45,14 +45,22 @@ def diagnose(ctx: click.Context, /, folder: str, as_json: bool) -> None:
 
 
 def _lines(findings: Sequence[Finding], looked_at: dict[str, Any]) -> Iterator[str]:
-    """A paragraph a finding; where there is none, what was looked at."""
+    """A paragraph a finding; where there is none, what was looked at. Before them, that the summary is damaged."""
+    damaged = looked_at["status"] == "unreadable"
+    if damaged:
+        yield from _wrapped(
+            "Warning: metrics.json is damaged, so how the run ended is unknown, and only its records were looked at. "
+            "Put a copy of it back, or start the run's command again: it goes on, and writes a new one."
+        )
+        yield ""
     for number, finding in enumerate(findings):
         if number:
             yield ""
         yield from _wrapped(f"{finding.level.capitalize()} ({finding.name}): {finding}")
     if not findings:
         figures = ", ".join(f"{count:,} {what}" for what, count in looked_at.items() if what != "status")
-        verdict = "the run looks healthy" if looked_at["steps"] else "the run has not made a step"
+        healthy = "of its records" if damaged else "the run looks healthy"
+        verdict = healthy if looked_at["steps"] else "the run has not made a step"
         yield from _wrapped(f"Nothing to say: {verdict} ({figures}; status {looked_at['status']})")
 
 

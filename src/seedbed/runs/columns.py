@@ -60,7 +60,7 @@ def check_columns(names: Sequence[str]) -> list[str]:
 def status(run: RunInfo) -> str:
     """`status` of the summary; `killed` where it says `running` and nobody writes; `not begun` before the first step.
 
-    A run that could not be read (`load_runs`) is `unreadable`.
+    A run whose options (`load_runs`) or summary (`read_run`) could not be read is `unreadable`.
     """
     told = run.summary.get("status")
     if told not in (None, "running"):
@@ -296,7 +296,7 @@ COLUMNS: dict[str, Column] = {
             "status",
             "status",
             "done, early_stopped, time_limit, interrupted, diverged, failed, running; killed: it says running and "
-            "nobody writes; not begun; unreadable: its config.yaml is damaged.",
+            "nobody writes; not begun; unreadable: its config.yaml or metrics.json is damaged.",
             status,
             least=13,
         ),

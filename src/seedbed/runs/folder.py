@@ -267,8 +267,13 @@ def _cut_half_line(path: Path) -> None:
         stream.truncate(0)
 
 
+def has_damaged_summary(path: Path) -> bool:
+    """Whether the run at `path` has a summary that cannot be read."""
+    return (path / "metrics.json").exists() and not read_summary(path)
+
+
 def read_summary(path: Path) -> dict[str, Any]:
-    """The summary of the run at `path`, empty when it has none."""
+    """The summary of the run at `path`, empty when it has none, or one that cannot be read."""
     with contextlib.suppress(OSError, ValueError):
         summary = parse_json((path / "metrics.json").read_text(encoding="utf-8"))
         if isinstance(summary, dict):

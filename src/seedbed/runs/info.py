@@ -10,7 +10,7 @@ from typing import Any
 
 from seedbed.errors import ConfigError
 from seedbed.parsing import parse_yaml
-from seedbed.runs.folder import read_records, read_summary
+from seedbed.runs.folder import has_damaged_summary, read_records, read_summary
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RunInfo:
     sources: Mapping[str, str]
     """Where each option's value came from."""
     summary: Mapping[str, Any]
-    """`metrics.json`; empty when the run never came to its first step."""
+    """`metrics.json`; empty when the run never came to its first step, of status `unreadable` when it is damaged."""
 
     @property
     def name(self) -> str:
@@ -75,7 +75,7 @@ def read_run(path: str | Path) -> RunInfo:
         regime=str(content.pop("regime", "scratch")),
         options=content,
         sources=sources if isinstance(sources, dict) else {},
-        summary=read_summary(run),
+        summary={"status": "unreadable"} if has_damaged_summary(run) else read_summary(run),
     )
 
 

@@ -67,6 +67,15 @@ def test_nothing_to_say(run: Path) -> None:
     assert invoke(run).output.startswith("Nothing to say: the run has not made a step")
 
 
+def test_a_damaged_summary_is_not_healthy(run: Path) -> None:
+    (run / "metrics.json").write_text("{")
+    (run / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "train_loss": 3.0}}\n' for step in range(1, 10)))
+    done = invoke(run)
+    assert done.output.startswith("Warning: metrics.json is damaged, so how the run ended is unknown")
+    assert "healthy" not in done.output
+    assert json.loads(invoke(run, "--json").output)["looked_at"]["status"] == "unreadable"
+
+
 def test_what_a_run_says_cannot_write_to_the_terminal(run: Path) -> None:
     event = {
         "event": "finding",

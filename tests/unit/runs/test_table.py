@@ -160,7 +160,7 @@ def test_damaged_folders_are_rows_or_passed_over(tmp_path: Path) -> None:
     assert {name: row["status"] for name, row in rows.items()} == {
         "damaged": "unreadable",
         "good": "done",
-        "half": "not begun",
+        "half": "unreadable",
         "odd": "not begun",
     }
     assert rows["damaged"]["val_loss"] == 2.5
