@@ -183,23 +183,28 @@ def compare_runs(
         for line in markdown_lines(comparison) if markdown else text_lines(comparison, width):
             click.echo(line)
     if report:
-        _write_report([run.path for run in found.values()], report, err=as_json)
+        click.echo(_write_report([run.path for run in found.values()], report), err=as_json)
 
 
 @runs.command("report", cls=Verb, epilog="Example: seedbed runs report runs/base runs/lora --output comparison.html")
 @click.argument("names", metavar="RUN [...]", nargs=-1, required=True)
 @click.option("--output", metavar="FILE.html", help="[report.html in the run, comparison.html around several]")
+@json_option
 @click.pass_context
-def report_runs(ctx: click.Context, /, names: tuple[str, ...], output: str | None) -> None:
+def report_runs(ctx: click.Context, /, names: tuple[str, ...], output: str | None, as_json: bool) -> None:
     """Write a page with curves, events, samples and diagnosis that opens offline."""
     _refuse_flags_among(ctx, names)
-    _write_report([_run(name).path for name in names], output)
+    page = _write_report([_run(name).path for name in names], output)
+    if as_json:
+        print_json({"page": str(page)})
+    else:
+        click.echo(page)
 
 
-def _write_report(paths: Sequence[Path], output: str | None, *, err: bool = False) -> None:
+def _write_report(paths: Sequence[Path], output: str | None) -> Path:
     from seedbed.runs.report import write_report
 
-    click.echo(write_report(paths, Path(output) if output else None), err=err)
+    return write_report(paths, Path(output) if output else None)
 
 
 def _refuse_flags_among(ctx: click.Context, words: Sequence[str]) -> None:

@@ -191,7 +191,7 @@ FLAGS: dict[str, set[str]] = {
     "runs show": {"--lineage", "--baseline", "--json"},
     "runs compare": {"--axis", "--markdown", "--report", "--json"},
     "runs note": set(),
-    "runs report": {"--output"},
+    "runs report": {"--output", "--json"},
     "diagnose": {"--json"},
     "sweep": {"--output", "--at_once", "--dry_run", "--json"},
     "judge": {
