@@ -99,7 +99,7 @@ def _say_what_is_left_out(rows: Sequence[dict[str, Any]], width: int) -> None:
 
     shown = default_columns(rows, width)
     if left := [name for name in default_columns(rows) if name not in shown]:
-        click.echo(f"For want of room without {', '.join(left)}; --columns chooses, --columns all shows everything.")
+        click.echo(f"Not shown for want of room: {', '.join(left)} (--columns chooses, --columns all shows everything)")
 
 
 @runs.command("show", cls=Verb, epilog="Example: seedbed runs show runs/law --lineage --baseline runs/law-naive")

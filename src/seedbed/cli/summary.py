@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from textwrap import wrap
 from typing import Any
 
+from seedbed.config import is_users_choice
 from seedbed.runs.columns import COLUMNS, cell, status
 from seedbed.runs.grid import printable, text_grid
 from seedbed.runs.info import RunInfo
@@ -51,7 +52,7 @@ def run_lines(run: RunInfo) -> Iterator[str]:
     parts = {
         "Forecast and what happened:": _forecast(run),
         "Text:": _aligned(_text(run.summary.get("text"))),
-        "Options that are not as by default:": _options(run),
+        "Options that differ from the defaults:": _options(run),
         "Noticed:": _noticed(run),
     }
     for title, lines in parts.items():
@@ -151,7 +152,9 @@ def _text(text: object) -> dict[str, str | None]:
 
 
 def _options(run: RunInfo) -> list[str]:
+    """Those that somebody chose first, then those that follow from a preset or the model."""
     rows = [(name, plain(value), source) for name, (value, source) in chosen_options(run).items()]
+    rows.sort(key=lambda row: not is_users_choice(row[2]))
     return text_grid(("option", "value", "from"), rows, (0, 60, 40), WIDTH) if rows else []
 
 

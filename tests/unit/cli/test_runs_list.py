@@ -129,11 +129,28 @@ def test_one_run_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert expected in lines
     assert not any("weight_decay" in line for line in lines), "nobody chose it"
+    assert "Options that differ from the defaults:" in lines
     facts = json.loads(printed(capsys, "show", "runs/a", "--json"))
     assert facts["options"]["lora_r"] == 4
     assert facts["sources"]["lora_r"] == "the command line"
     assert facts["findings"] == [guardrail, finding]
     assert facts["best_val_loss"] == 2.5
+
+
+def test_what_somebody_chose_comes_before_what_a_preset_says(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(Path("runs/a"), {"model": "tiny", "epochs": 2, "seed": 4}, regime="scratch")
+    lines = printed(capsys, "show", "a").splitlines()
+    rows = lines[lines.index("Options that differ from the defaults:") + 2 :]
+    sources = ["preset" if "preset tiny" in row else "chosen" for row in rows]
+    assert sources == sorted(sources) and set(sources) == {"chosen", "preset"}
+
+
+def test_a_damaged_summary_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(Path("runs/a"), {}, {}, metrics=[{"step": 1, "train_loss": 2.0}]).path
+    (folder / "metrics.json").write_text("{", encoding="utf-8")
+    assert "Status  unreadable" in printed(capsys, "show", "a")
+    assert json.loads(printed(capsys, "show", "a", "--json"))["status"] == "unreadable"
+    assert json.loads(printed(capsys, "list", "--json"))["runs"][0]["status"] == "unreadable"
 
 
 def test_a_killed_run_is_not_shown_as_running(capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,23 +209,6 @@ def test_only_finished_runs_that_compare_are_best(capsys: pytest.CaptureFixture[
     assert figures["time"] == "3.0 h  2.0 h *  6.0 min"
 
 
-def test_what_does_not_compare(capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(Path("runs/a"))
-    assert "two or more different runs" in refused(capsys, 2, "compare", "a", "runs/a")
-    assert "two or more different runs" in refused(capsys, 2, "compare")
-    assert "nowhere" in refused(capsys, 2, "compare", "a", "nowhere")
-    assert "unknown option --axes" in refused(capsys, 2, "compare", "a", "a", "--axes", "step")
-
-
-def test_reports(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in "ab":
-        write_run(Path("runs") / name, {"seed": ord(name)}, metrics=[{"step": 1, "tokens": 9, "val_loss": 2.5}])
-    assert printed(capsys, "report", "a").strip() == "runs/a/report.html"
-    assert "<html" in Path("runs/a/report.html").read_text(encoding="utf-8")
-    assert printed(capsys, "report", "a", "b", "--output", "both.html").strip() == "both.html"
-    assert printed(capsys, "compare", "a", "b", "--report", "again.html").splitlines()[-1] == "again.html"
-    assert Path("both.html").is_file()
-    assert Path("again.html").is_file()
 def test_what_looks_the_same_is_not_the_best(capsys: pytest.CaptureFixture[str]) -> None:
     for name, memory, hours in (("a", 1401.0, 3.0), ("b", 1402.0, 2.0), ("c", 1900.0, 2.5)):
         write_run(Path("runs") / name, {"epochs": ord(name)}, {"peak_memory_mb": memory, "hours": hours})
@@ -227,6 +227,24 @@ def test_of_many_pairs_those_of_the_best_are_shown_also_within_the_noise(capsys:
     assert "10 comparisons of pairs more" in text
 
 
+def test_what_does_not_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(Path("runs/a"))
+    assert "two or more different runs" in refused(capsys, 2, "compare", "a", "runs/a")
+    assert "two or more different runs" in refused(capsys, 2, "compare")
+    assert "nowhere" in refused(capsys, 2, "compare", "a", "nowhere")
+    assert "unknown option --axes" in refused(capsys, 2, "compare", "a", "a", "--axes", "step")
+
+
+def test_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        write_run(Path("runs") / name, {"seed": ord(name)}, metrics=[{"step": 1, "tokens": 9, "val_loss": 2.5}])
+    assert printed(capsys, "report", "a").strip() == "runs/a/report.html"
+    assert json.loads(printed(capsys, "report", "a", "--json")) == {"page": "runs/a/report.html"}
+    assert "<html" in Path("runs/a/report.html").read_text(encoding="utf-8")
+    assert printed(capsys, "report", "a", "b", "--output", "both.html").strip() == "both.html"
+    assert printed(capsys, "compare", "a", "b", "--report", "again.html").splitlines()[-1] == "again.html"
+    assert Path("both.html").is_file()
+    assert Path("again.html").is_file()
 
 
 TERMINAL = """
@@ -252,7 +270,7 @@ def test_a_narrow_terminal_shows_what_fits_and_says_what_does_not() -> None:
     done = subprocess.run([sys.executable, "-c", TERMINAL], capture_output=True, timeout=60, env=environment, text=True)
     first, second, *_ = done.stdout.splitlines()
     assert max(len(first), len(second)) <= 60
-    assert "For want of room without" in done.stdout
+    assert "Not shown for want of room: " in done.stdout
 
 
 LIGHT = """

@@ -527,13 +527,13 @@ def test_a_gap_that_opens_in_later_epochs_is_no_other_kind(path: Path) -> None:
     assert "train_validation_mismatch" not in run.names()
 
 
-def parent_and_run(tmp_path: Path, loss: float, val_bytes: int = 1000) -> list[Finding]:
+def parent_and_run(tmp_path: Path, loss: float, val_bytes: int = 1000, **parents: Any) -> list[Finding]:
     text = {"text": {"val_bytes": 1000}}
-    options = {"data": "book.txt", "val_split": 0.1, "save_every": 100}
+    options = {"data": "book.txt", "val_split": 0.1, "save_every": 100, **parents}
     parent = Run(tmp_path / "parent", options=options, val={400: 4.0}, summary=text).write()
     return Run(
         tmp_path / "run",
-        options={**options, "learning_rate": 3e-4, "save_every": 50},
+        options={**options, **(dict.fromkeys(parents) or {"learning_rate": 3e-4}), "save_every": 50},
         val={400: loss},
         summary={"parent": str(parent), "text": {"val_bytes": val_bytes}},
     ).diagnose()
@@ -544,6 +544,12 @@ def test_worse_than_its_parent(tmp_path: Path) -> None:
     assert "--learning_rate 1e-3 to 3e-4" in finding.message
     assert "save_every" not in finding.message
     assert "or to --learning_rate 1e-3" in finding.remedy
+
+
+def test_an_option_that_one_of_them_does_not_set_is_unset(tmp_path: Path) -> None:
+    finding = one(parent_and_run(tmp_path, 4.2, warmup_steps=5), "worse_than_parent")
+    assert "what changed is --warmup_steps 5 to unset" in finding.message
+    assert finding.remedy.endswith("parent, or to --warmup_steps 5.")
 
 
 def test_a_parent_that_was_moved_along_is_found(tmp_path: Path) -> None:

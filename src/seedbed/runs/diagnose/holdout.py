@@ -20,6 +20,7 @@ FAR_APART = 0.3
 TOGETHER = 0.25  # share of the fall of training text by which held-out text of another kind falls as well
 NOISE = 0.005  # share by which seeds differ
 DATA = ("data", "val_data", "val_split", "format", "train_on_prompt", "chat_template")
+UNSET = "unset"
 NOT_CHOICES = BOOKKEEPING | {"device", "val_split"}
 
 
@@ -86,7 +87,7 @@ def worse_than_parent(facts: Facts) -> Iterator[Finding]:
         return
     changes = _changes(parent.options, facts.run.options)
     said = ", ".join(f"--{option} {old} to {new}" for option, (old, new) in list(changes.items())[:6])
-    back = next(iter(changes.items()), None)
+    undo = [f"leave --{name} out" if old == UNSET else f"to --{name} {old}" for name, (old, _) in changes.items()]
     unit = name.replace("_", " ").removeprefix("best ").replace("val loss", "nats per token of validation loss")
     yield Finding(
         "worse_than_parent",
@@ -94,8 +95,7 @@ def worse_than_parent(facts: Facts) -> Iterator[Finding]:
         f"it is worse than {parent.path}, on the same held-out text: {now:.4f} {unit}, and that run had {before:.4f} "
         f"({now / before - 1:+.1%}); what changed is {said or 'nothing but what the weights began with'}",
         {"value": name, "parent": before, "run": now, "changes": {key: list(pair) for key, pair in changes.items()}},
-        f"Go back to {parent.path}"
-        + (f", or to --{back[0]} {back[1][0]}." if back and len(changes) == 1 else ", and change one thing at a time."),
+        f"Go back to {parent.path}, {f'or {undo[0]}' if len(undo) == 1 else 'and change one thing at a time'}.",
     )
 
 
@@ -169,11 +169,13 @@ def _val_bytes(summary: Mapping[str, Any]) -> float | None:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Options of both runs that differ, as they would be typed."""
+    """Options of both runs that differ, as they would be typed; `unset` where one has none."""
     names = [name for name in now if name in before and name not in NOT_CHOICES and before[name] != now[name]]
     return {name: (_typed(before[name]), _typed(now[name])) for name in names}
 
 
 def _typed(value: object) -> str:
+    if value is None:
+        return UNSET
     small = isinstance(value, float) and 0 < abs(value) < 1e-2
     return short(value) if small and isinstance(value, float) else f"{value}"
