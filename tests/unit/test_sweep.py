@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from seedbed.runs.info import read_run
 from seedbed.sweep.children import make_slots, visible_gpus
 from seedbed.sweep.halving import judge
 from seedbed.sweep.plan import Plan, changes, make_plan
-from seedbed.sweep.results import what_it_means
+from seedbed.sweep.results import show_results, what_it_means
 from seedbed.sweep.run import folder_of
 from seedbed.sweep.standing import has_ended, has_reached, read_progress, validation_loss
 from seedbed.sweep.watch import Watch
@@ -296,6 +297,16 @@ def test_the_time_left_follows_from_what_runs_took(plan_of: MakePlan, tmp_path: 
 
 
 # What it means
+
+
+def test_the_table_is_not_cut_where_nobody_watches(plan_of: MakePlan, tmp_path: Path) -> None:
+    plan = plan_of(PRETRAIN + "grid: {learning_rate: [1e-3, 5e-3], batch_size: [4, 8], weight_decay: [0.1], seed: [7]}")
+    for name in plan.runs:
+        write_run(tmp_path / name, {}, {"status": "done", "best_val_loss": 1.0})
+    said = StringIO()
+    show_results(plan, tmp_path, {}, Console(file=said, width=80))
+    words = said.getvalue().split()
+    assert set(plan.runs) <= set(words) and not any(word.endswith("...") for word in words)
 
 
 def test_settings_are_said_best_first_with_the_spread_of_their_seeds(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from seedbed.runs.columns import COLUMNS, cell, score
 from seedbed.runs.compare import UNITS, Answers, Comparison, Group, Measure, spread
 from seedbed.runs.curves import WINDOW, Axis, Curve
 from seedbed.runs.folder import FINISHED
-from seedbed.runs.grid import GAP, cut, markdown_grid, printable, text_grid
+from seedbed.runs.grid import GAP, cut, cut_apart, markdown_grid, printable, text_grid
 from seedbed.runs.values import duration, is_number, plain
 
 LONGEST_CELL = 28
@@ -76,7 +76,7 @@ def _grids(comparison: Comparison) -> Iterator[tuple[str, Grid]]:
 
 def _side_by_side(heading: str, names: Sequence[str], values: Mapping[str, Sequence[str]]) -> Grid:
     """A row a thing, a column a run."""
-    rows = [[name, *(cut(printable(text), LONGEST_CELL) for text in texts)] for name, texts in values.items()]
+    rows = [[name, *cut_apart([printable(text) for text in texts], LONGEST_CELL)] for name, texts in values.items()]
     return [heading, *names], rows, [0, *(None for _ in names)]
 
 

@@ -16,15 +16,12 @@ def text_grid(
     """Lines of aligned text: the headings, then the rows.
 
     `least` has an entry a column: how narrow it may become where all does not fit in `width` characters, its cells
-    cut; None for a column of numbers, which is never cut and stands to the right.
+    cut where they stay apart; None for a column of numbers, which is never cut and stands to the right.
     """
-    cells = [[printable(cell) for cell in row] for row in (headings, *rows)]
-    widths = _shrunk([max(map(len, column)) for column in zip(*cells, strict=True)], least, width)
-    lines = []
-    for row in cells:
-        placed = [_place(cell, to, narrow) for cell, to, narrow in zip(row, widths, least, strict=True)]
-        lines.append(GAP.join(placed).rstrip())
-    return lines
+    columns = list(zip(*[[printable(cell) for cell in row] for row in (headings, *rows)], strict=True))
+    widths = _shrunk([max(map(len, column)) for column in columns], least, width)
+    placed = [_placed(column, to, narrow) for column, to, narrow in zip(columns, widths, least, strict=True)]
+    return [GAP.join(row).rstrip() for row in zip(*placed, strict=True)]
 
 
 def markdown_grid(headings: Sequence[str], rows: Sequence[Sequence[str]], least: Sequence[int | None]) -> list[str]:
@@ -45,12 +42,26 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
 
 
-def cut(text: str, width: int) -> str:
+def cut(text: str, width: int, tail: int = 0) -> str:
+    """The text in `width` characters, the last `tail` of its own among them.
+
+    >>> cut("learning_rate", 8), cut("learning_rate", 8, 2)
+    ('learn...', 'lea...te')
     """
-    >>> cut("learning_rate", 8)
-    'learn...'
+    left = max(0, width - 3)
+    return text if len(text) <= width else f"{text[: left - min(tail, left)]}...{text[len(text) - min(tail, left) :]}"
+
+
+def cut_apart(texts: Sequence[str], width: int) -> list[str]:
+    """Each text cut at its end; in the middle, or at its beginning, where that keeps more of them apart.
+
+    >>> cut_apart(["batch-4_seed-0", "batch-4_seed-1"], 12)
+    ['batch...ed-0', 'batch...ed-1']
+    >>> cut_apart(["learning_rate-0.1_seed-0", "learning_rate-0.2_seed-0"], 12)
+    ['....1_seed-0', '....2_seed-0']
     """
-    return text if len(text) <= width else f"{text[: max(0, width - 3)]}..."
+    ways = [[cut(text, width, tail) for text in texts] for tail in (0, (width - 3) // 2, width)]
+    return max(ways, key=lambda way: len(set(way)))
 
 
 def _shrunk(widths: list[int], least: Sequence[int | None], width: int | None) -> list[int]:
@@ -65,8 +76,10 @@ def _shrunk(widths: list[int], least: Sequence[int | None], width: int | None) -
     return widths
 
 
-def _place(cell: str, width: int, narrow: int | None) -> str:
-    return cell.rjust(width) if narrow is None else cut(cell, width).ljust(width)
+def _placed(column: Sequence[str], width: int, narrow: int | None) -> list[str]:
+    if narrow is None:
+        return [cell.rjust(width) for cell in column]
+    return [cell.ljust(width) for cell in cut_apart(column, width)]
 
 
 def _in_markdown(cell: str) -> str:

@@ -9,10 +9,12 @@ from typing import Any, Literal
 from seedbed.errors import ConfigError
 from seedbed.runs.columns import BY_DEFAULT, COLUMNS, Column, cell, check_columns, score
 from seedbed.runs.folder import read_summary
-from seedbed.runs.grid import GAP, markdown_grid, text_grid
+from seedbed.runs.grid import GAP, cut_apart, markdown_grid, text_grid
 from seedbed.runs.info import RunInfo, find_runs, read_run
 
 Form = Literal["table", "markdown", "csv"]
+ROOM_BESIDE_NAMES = 26
+"""Characters for the loss and the status of a run."""
 
 
 def load_runs(folders: Sequence[Path]) -> list[RunInfo]:
@@ -62,16 +64,26 @@ def default_columns(rows: Sequence[Mapping[str, Any]], width: int | None = None)
     chosen: list[str] = []
     used = -len(GAP)
     for name in filled:
-        needed = len(GAP) + _least_width(rows, COLUMNS[name])
+        needed = len(GAP) + _least_width(rows, COLUMNS[name], width)
         if width is None or used + needed <= width:
             chosen.append(name)
             used += needed
     return [name for name in COLUMNS if name in chosen]
 
 
-def _least_width(rows: Sequence[Mapping[str, Any]], column: Column) -> int:
-    natural = max(len(column.heading), *(len(cell(row.get(column.name), column)) for row in rows))
-    return natural if column.least is None else min(natural, max(column.least, len(column.heading)))
+def _least_width(rows: Sequence[Mapping[str, Any]], column: Column, width: int | None) -> int:
+    cells = [cell(row.get(column.name), column) for row in rows]
+    natural = max(len(column.heading), *map(len, cells))
+    if column.least is None:
+        return natural
+    enough = min(natural, max(column.least, len(column.heading)))
+    return enough if column.name != "name" or width is None else _telling_width(cells, enough, natural, width)
+
+
+def _telling_width(names: Sequence[str], least: int, natural: int, width: int) -> int:
+    """How much of the names tells the runs apart, as far as there is room for it beside the next two columns."""
+    most = max(least, min(natural, width - ROOM_BESIDE_NAMES))
+    return next((to for to in range(least, most) if len(set(cut_apart(names, to))) == len(set(names))), most)
 
 
 def render(
@@ -90,7 +102,8 @@ def render(
         return _csv(rows, chosen)
     shown = [COLUMNS[name] for name in chosen]
     cells = [[cell(row.get(column.name), column) for column in shown] for row in rows]
-    headings, least = [column.heading for column in shown], [column.least for column in shown]
+    headings = [column.heading for column in shown]
+    least = [column.least and _least_width(rows, column, width) for column in shown]
     if form == "markdown":
         return "\n".join(markdown_grid(headings, cells, least))
     return "\n".join(text_grid(headings, cells, least, width))

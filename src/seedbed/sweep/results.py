@@ -20,9 +20,6 @@ from seedbed.runs.table import load_runs, render, table
 from seedbed.sweep.plan import Plan
 from seedbed.sweep.standing import has_ended
 
-WIDTH = 120
-"""Of the table where it is not shown on a terminal."""
-
 
 @dataclass(frozen=True)
 class Ended:
@@ -67,7 +64,7 @@ def show_results(plan: Plan, folder: Path, failed: Mapping[str, int], console: C
         meaning = what_it_means([run for run in whole if run.summary["status"] != "diverged"])
         write_atomically(folder / "table.csv", render(rows, ["all"], "csv") + "\n")
         write_atomically(folder / "table.md", "\n".join([render(rows, form="markdown"), "", *meaning]) + "\n")
-        say(render(rows, width=console.width if console.is_terminal else WIDTH))
+        say(render(rows, width=console.width if console.is_terminal else None))
         for line in meaning:
             say(line)
         say()

@@ -28,3 +28,10 @@ def test_nothing_writes_elsewhere_in_the_terminal() -> None:
     [_, line] = text_grid(["a"], [["x\x1b]0;title\x07\ny\u202e"]], [4])
     assert line == "x?]0;title? y?"
     assert markdown_grid(["a"], [["x|y\nz"]], [0])[2] == "| x\\|y z |"
+
+
+def test_cells_that_begin_alike_are_cut_where_they_stay_apart() -> None:
+    rates = [["learning_rate-0.001_seed-0"], ["learning_rate-0.005_seed-0"]]
+    assert text_grid(["run"], rates, [10], 16)[1:] == ["...-0.001_seed-0", "...-0.005_seed-0"]
+    seeds = [["learning_rate-0.001_seed-0"], ["learning_rate-0.001_seed-1"]]
+    assert text_grid(["run"], seeds, [10], 16)[1:] == ["learnin...seed-0", "learnin...seed-1"]

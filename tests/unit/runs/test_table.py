@@ -211,6 +211,18 @@ def test_a_full_table_fits_a_usual_terminal(tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines[1:]] == [f"{'long-' * 5}{n}" for n in range(1, 4)]
 
 
+def test_names_of_a_grid_stay_apart_on_a_terminal(tmp_path: Path) -> None:
+    """The rate is in the middle of names that begin and end alike."""
+    names = [f"batch_size-4_lora_r-16_learning_rate-{rate}_weight_decay-0.1_seed-0" for rate in (0.001, 0.005, 0.01)]
+    rows = table([write_run(tmp_path / name) for name in names])
+    for width in (80, 120):
+        lines = render(rows, width=width).splitlines()
+        assert max(map(len, lines)) <= width
+        assert len({line.split()[0] for line in lines[1:]}) == 3
+        assert lines[0].startswith("run ") and "val loss" in lines[0] and "status" in lines[0]
+    assert [line.split()[0] for line in render(rows).splitlines()[1:]] == names
+
+
 def test_markdown_and_csv(tmp_path: Path) -> None:
     rows = table([write_run(tmp_path / "a", {}, {"notes": "x | y\n\x1b[2J", "judge": {"score": 5.5}})])
     markdown = render(rows, ["name", "val_loss", "notes"], "markdown").splitlines()
