@@ -296,6 +296,20 @@ def test_the_time_left_follows_from_what_runs_took(plan_of: MakePlan, tmp_path: 
     assert left is not None and math.isclose(left, 4 * 0.5 + 2 * 0.5 - 0.5), "two of four go past the middle"
 
 
+def test_the_time_left_counts_what_runs_take_to_start_and_to_end(
+    plan_of: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("seedbed.sweep.watch.time.monotonic", lambda: clock[0])
+    watch = Watch(Console(quiet=True), plan_of(PRETRAIN + "seeds: [0, 1, 2, 3]"), tmp_path, 1)
+    watch.started("seed-0", None)
+    write_run(tmp_path / "seed-0", {100: 1.0}, {"status": "done", "total_steps": 100})
+    clock[0] += 1.25 * 3600
+    watch.stopped("seed-0", "done", ended=True)
+    left = watch.hours_left()
+    assert left is not None and math.isclose(left, 3 * 1.25), "an hour of training and a quarter beside it"
+
+
 # What it means
 
 

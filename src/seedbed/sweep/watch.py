@@ -28,6 +28,10 @@ class Watch:
         self.console = console
         self._plan, self._folder, self._at_once = plan, folder, at_once
         self._seen: dict[str, Progress] = {}
+        self._began: dict[str, tuple[float, float]] = {}
+        """When runs that go were started, and the hours that they had trained by then."""
+        self._beside: dict[str, float] = {}
+        """Hours that runs took beside their training: to start, to end."""
         self._ended: set[str] = set()
         self._spoke = time.monotonic()
         for name, run in plan.runs.items():
@@ -62,6 +66,7 @@ class Watch:
         return [f"{len(self._ended)} of {len(self._plan.runs)} runs are finished"] if self._ended else []
 
     def started(self, name: str, until: int | None) -> None:
+        self._began[name] = time.monotonic(), self._seen[name].elapsed_hours if name in self._seen else 0.0
         place = list(self._plan.runs).index(name) + 1
         self.line(f"{name} ({place} of {len(self._plan.runs)}){'' if until is None else f' until step {until}'}...")
         self._tasks[name] = self._bar.add_task(escape(name), total=None, figures="")
@@ -70,6 +75,7 @@ class Watch:
         """A run's process is over; `ended` when the run is as well."""
         self._bar.remove_task(self._tasks.pop(name))
         self._look(name, ended=ended)
+        del self._began[name]
         left = self.hours_left()
         self.line(f"{name}: {said}{'' if left is None else f'; {duration(left)} left'}")
 
@@ -96,7 +102,9 @@ class Watch:
             return None
         whole = fmean(seen.elapsed_hours + seen.remaining_hours for seen in self._seen.values())
         done = sum(seen.elapsed_hours for seen in self._seen.values())
-        return max(0.0, whole * self._runs_worth() - done) / self._at_once
+        beside = fmean(self._beside.values()) if self._beside else 0.0
+        to_go = len(self._plan.runs) - len(self._ended)
+        return (max(0.0, whole * self._runs_worth() - done) + beside * to_go) / self._at_once
 
     def _runs_worth(self) -> float:
         """How many whole runs the sweep is worth: with halving, few go the whole way."""
@@ -113,5 +121,9 @@ class Watch:
     def _look(self, name: str, *, ended: bool = False) -> None:
         if seen := read_progress(self._folder / name):
             self._seen[name] = replace(seen, remaining_hours=0.0) if ended else seen
+            if name in self._began:
+                began, trained = self._began[name]
+                hours = (time.monotonic() - began) / 3600
+                self._beside[name] = max(0.0, hours - (seen.elapsed_hours - trained))
         if ended:
             self._ended.add(name)
