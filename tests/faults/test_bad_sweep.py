@@ -13,6 +13,15 @@ BASE = "verb: pretrain\nbase: {data: book.txt, model: tiny}\n"
 TUNE = "verb: finetune\nbase: {data: q.json, model: gpt2}\n"
 
 
+@pytest.fixture(autouse=True)
+def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the files name is there, but for what a test leaves out."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("book.txt", "a.txt", "a b.txt", "a-b.txt"):
+        Path(name).write_text("a text", encoding="utf-8")
+    Path("q.json").write_text('{"question": "1 + 1?", "answer": "2"}', encoding="utf-8")
+
+
 def problems_of(folder: Path, text: str) -> list[str]:
     """What is said about a file with this text; nothing may be left behind."""
     file = folder / "s.yaml"
@@ -100,6 +109,41 @@ def test_all_mistakes_are_said_at_once_and_whose_they_are(tmp_path: Path) -> Non
         ": --epochs 0 (from runs.a): expected greater than 0 (run a_seed-0, b_seed-0, a_seed-1 and 1 more)",
         ": --warmup_ratio 2 (from runs.b): expected less than 1 (run b_seed-0, b_seed-1)",
     ]
+
+
+def test_what_runs_need_is_looked_for_before_any_starts(tmp_path: Path) -> None:
+    Path("nul.txt").write_bytes(b"a\0b")
+    problems = problems_of(
+        tmp_path,
+        "verb: pretrain\nbase: {data: book.txt, model: tiny, num_heads: 2}\n"
+        "runs:\n  good: {d_model: 32}\n  bad: {d_model: 33}\n  worse: {d_model: 32, val_data: nowhere.txt}\n"
+        "  binary: {data: nul.txt}\n  tokens: {tokenizer: no/such/folder}\n  both: {data: nowhere.txt, d_model: 33}\n"
+        "  far: {streaming: true, max_steps: 1, data: 's3://bucket/*.txt'}\n",
+    )
+    assert [problem.partition("; expected")[0].partition(". Give")[0] for problem in problems] == [
+        ": d_model 33 is not divisible by num_heads 2: take d_model 32 or another number of heads (run bad, both)",
+        ": --val_data nowhere.txt: there is no such file or named source",
+        ": nul.txt is a binary file, not text: it has a NUL byte at byte 1",
+        ": --tokenizer no/such/folder: there is no such folder",
+        ": --data nowhere.txt: there is no such file or named source",
+    ]
+
+
+@pytest.mark.parametrize("model", ["runs/base", "./gpt2", "q.json"])
+def test_a_model_folder_that_is_not_there(tmp_path: Path, model: str) -> None:
+    [problem] = problems_of(tmp_path, f"verb: finetune\nbase: {{data: q.json, model: {model}}}\nseeds: [0, 1]")
+    assert problem.startswith(f": --model {model}: there is no such folder; expected one of a model or a run")
+    assert problem.endswith("(every run)")
+
+
+def test_runs_that_began_do_not_need_their_texts_for_a_table(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(BASE + "runs: {a: {}, b: {epochs: 2}}", encoding="utf-8")
+    Path("book.txt").unlink()
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    (tmp_path / "out" / "a" / "config.yaml").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"book\.txt: there is no such file .*\(run b\)"):
+        run_sweep(file, tmp_path / "out")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_sweep_ends_in_a_table_and_a_run_that_dies_costs_its_row_alone(small_t
         runs={
             "slow": {"learning_rate": "1e-4"},
             "fast": {"from": "slow", "learning_rate": "1e-2"},
-            "lost": {"from": "slow", "data": "no-such-file.txt"},
+            "lost": {"from": "slow", "max_seq_len": 10_000_000},
         },
         budget={"max_steps": 12},
     )
@@ -57,7 +57,7 @@ def test_a_sweep_ends_in_a_table_and_a_run_that_dies_costs_its_row_alone(small_t
     result, said = sweep(file, out, at_once=2)
     assert result.exit_code == 0
     assert {run.name: run.status for run in result.runs} == {"slow": "done", "fast": "done", "lost": "not_begun"}
-    assert "Warning: lost failed with exit code 3: " in said and "no-such-file.txt" in said
+    assert "Warning: lost failed with exit code 3: " in said and "less than one row" in said
 
     assert read_run(out / "fast").parent == str(out / "slow")
     assert (out / "slow/metrics.jsonl").read_text().count("train_loss") == 12
@@ -171,8 +171,8 @@ def test_a_run_that_another_process_trains_is_waited_for(small_text_file: Path, 
     assert [run.status for run in result.runs] == ["done"]
 
 
-def test_when_nothing_could_be_trained_the_exit_code_says_why(tmp_path: Path) -> None:
-    file = write_file(tmp_path, tmp_path / "none.txt", runs={"a": {}})
+def test_when_nothing_could_be_trained_the_exit_code_says_why(small_text_file: Path, tmp_path: Path) -> None:
+    file = write_file(tmp_path, small_text_file, runs={"a": {"max_seq_len": 10_000_000}})
     result, said = sweep(file, tmp_path / "out")
     assert result.exit_code == 3
     assert "Warning: a failed with exit code 3: " in said

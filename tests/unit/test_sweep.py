@@ -30,7 +30,13 @@ MakePlan = Callable[[str], Plan]
 
 
 @pytest.fixture
-def plan_of(tmp_path: Path) -> MakePlan:
+def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakePlan:
+    """What a file stands for, in a folder with the texts that files here name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("book.txt", "q.json", "a b.txt", "a/b.txt", "c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"question": "1 + 1?", "answer": "2"}' if name == "q.json" else "text")
+
     def plan(text: str) -> Plan:
         path = tmp_path / "sweep.yaml"
         path.write_text(text, encoding="utf-8")
@@ -124,11 +130,17 @@ def test_a_plan_is_a_sweeps_file_itself(plan_of: MakePlan) -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_shipped_examples_stand_for_runs(example: Path) -> None:
+def test_shipped_examples_stand_for_runs(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("questions.json").write_text('[{"question": "1 + 1?", "answer": "2"}]', encoding="utf-8")
     assert len(make_plan(example).runs) >= 3
 
 
-def test_the_shipped_list_has_the_parents_of_the_notes_it_repeats() -> None:
+def test_the_shipped_list_has_the_parents_of_the_notes_it_repeats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("questions.json").write_text('[{"question": "1 + 1?", "answer": "2"}]', encoding="utf-8")
     [example] = [path for path in EXAMPLES if path.stem == "instruction-ablations"]
     runs = make_plan(example).runs
     assert {name: run.parent for name, run in runs.items() if run.parent} == {

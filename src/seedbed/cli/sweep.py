@@ -48,8 +48,8 @@ def _show_plan(file: str, output: str | None, as_json: bool) -> None:
     from seedbed.sweep.plan import as_flags, changes, make_plan
     from seedbed.sweep.run import folder_of
 
-    plan = make_plan(Path(file))
     folder = folder_of(file, output)
+    plan = make_plan(Path(file), folder)
     remarks = changes(plan, folder)
     if as_json:
         runs = [

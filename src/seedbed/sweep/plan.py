@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import yaml
 
 from seedbed.config import FLAGS, FREE_TO_CHANGE, NO_DATA, OF_ONE_RUN, Config, Layer, resolve
 from seedbed.errors import ConfigError, did_you_mean
+from seedbed.runs.info import is_run
 from seedbed.sweep.file import Halving, SweepFile, read_sweep_file
+from seedbed.sweep.inputs import unfit_inputs, unfit_text
 
 REGIME_OF_VERB = {"pretrain": "scratch", "finetune": "finetune", "continue": "continue"}
 NAME = re.compile(r"(?!logs$)[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -78,8 +81,10 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def make_plan(path: Path) -> Plan:
+def make_plan(path: Path, folder: Path | None = None) -> Plan:
     """The runs that the file at `path` stands for.
+
+    What runs that began in `folder` need is not looked for: a table is made of them when their texts are gone, too.
 
     Raises:
         ConfigError: everything that is wrong in the file, each with its place and the runs that it concerns.
@@ -89,9 +94,12 @@ def make_plan(path: Path) -> Plan:
     variations = [] if problems else list(_variations(file))
     found: dict[str, list[str]] = {}
     runs = {}
+    look = cache(unfit_text)
     for variation in variations:
         try:
-            runs[variation.name] = _resolved(file, variation)
+            runs[variation.name] = run = _resolved(file, variation)
+            if (folder is None or not is_run(folder / run.name)) and (unfit := list(unfit_inputs(run.config, look))):
+                raise ConfigError(unfit)
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(variation.name)

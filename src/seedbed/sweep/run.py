@@ -60,8 +60,8 @@ def run_sweep(
         OSError: no folder can have its name.
     """
     console = console or Console()
-    plan = make_plan(Path(file))
     folder = folder_of(file, output)
+    plan = make_plan(Path(file), folder)
     remarks = changes(plan, folder)
     with being_made("the sweep's folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
