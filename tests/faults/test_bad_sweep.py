@@ -146,6 +146,22 @@ def test_runs_that_began_do_not_need_their_texts_for_a_table(tmp_path: Path) -> 
         run_sweep(file, tmp_path / "out")
 
 
+def test_unknown_keys_misplaced_flags_and_wrong_ones_are_said_in_one_round(tmp_path: Path) -> None:
+    problems = problems_of(
+        tmp_path,
+        "verb: pretrain\nsed: 3\nbase: {data: a.txt, model: tiny, output: x, epochs: 0}\n"
+        "grid: {seed: [1, 1]}\nbudget: {max_steps: 3, hour: 1}\nruns: {a: {dropuot: 0}}\n",
+    )
+    assert problems == [
+        ": unknown key budget.hour; did you mean hours?",
+        ": unknown key sed; did you mean seeds?",
+        ": base.output: the sweep chooses it for each run; leave it out",
+        ": grid.seed: 1 stands there 2 times; leave it once",
+        ": --epochs 0 (from base): expected greater than 0 (every run)",
+        ": unknown option dropuot in runs.a; did you mean dropout? (run a)",
+    ]
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         run_sweep(tmp_path / "none.yaml")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,12 +66,26 @@ class SweepFile(Section):
         return self
 
 
-def read_sweep_file(path: Path) -> SweepFile:
-    """The sweep in a YAML file.
+def read_sweep_file(path: Path) -> tuple[SweepFile, list[str]]:
+    """The sweep in a YAML file, and what is to be said of keys in it that nobody knows.
 
     Raises:
-        ConfigError: every key that is unknown, stands there twice, or holds something else than was expected.
+        ConfigError: every key that stands there twice, or holds something else than was expected; unknown ones too.
     """
+    content = _with_underscores(_content_of(path))
+    try:
+        return SweepFile.model_validate(content), []
+    except ValidationError as error:
+        details = error.errors()
+    problems = [f"{path}: {_explain(detail)}" for detail in details]
+    unknown = [detail["loc"] for detail in details if detail["type"] == "extra_forbidden"]
+    try:
+        return SweepFile.model_validate(_without(content, unknown)), problems
+    except ValidationError:
+        raise ConfigError(problems) from None
+
+
+def _content_of(path: Path) -> dict[Any, Any]:
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -80,10 +94,18 @@ def read_sweep_file(path: Path) -> SweepFile:
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys such as `verb: finetune` and `grid:`; see docs/sweep.md")
-    try:
-        return SweepFile.model_validate(_with_underscores(content))
-    except ValidationError as error:
-        raise ConfigError([f"{path}: {_explain(detail)}" for detail in error.errors()]) from None
+    return content
+
+
+def _without(content: Mapping[str, Any], places: Collection[tuple[int | str, ...]]) -> dict[str, Any]:
+    """The content without these keys, each at the top or in one of its parts."""
+    return {
+        key: {name: below for name, below in value.items() if (key, name) not in places}
+        if isinstance(value, dict)
+        else value
+        for key, value in content.items()
+        if (key,) not in places
+    }
 
 
 def _with_underscores(content: Mapping[Any, Any]) -> dict[str, Any]:

@@ -89,9 +89,10 @@ def make_plan(path: Path, folder: Path | None = None) -> Plan:
     Raises:
         ConfigError: everything that is wrong in the file, each with its place and the runs that it concerns.
     """
-    file = read_sweep_file(path)
-    problems = [*_misplaced(file), *_wrong_names(file), *_repeated_values(file)]
-    variations = [] if problems else list(_variations(file))
+    file, unknown = read_sweep_file(path)
+    wrong_names = list(_wrong_names(file))
+    problems = [*_misplaced(file), *wrong_names, *_repeated_values(file)]
+    variations = [] if wrong_names else list(_variations(file))
     found: dict[str, list[str]] = {}
     runs = {}
     look = cache(unfit_text)
@@ -106,8 +107,8 @@ def make_plan(path: Path, folder: Path | None = None) -> Plan:
     problems += [f"{problem} ({_said(names, len(variations))})" for problem, names in found.items()]
     if not problems:
         problems = list(_twins(variations, runs))
-    if problems:
-        raise ConfigError([f"{path}: {problem}" for problem in problems])
+    if unknown or problems:
+        raise ConfigError([*unknown, *(f"{path}: {problem}" for problem in problems)])
     return Plan(file.verb, runs, file.halving)
 
 
@@ -308,7 +309,7 @@ def changes(plan: Plan, folder: Path) -> list[str]:
     begun = folder / "sweep.yaml"
     if not begun.is_file():
         return []
-    earlier = read_sweep_file(begun)
+    earlier, _ = read_sweep_file(begun)
     if earlier.verb != plan.verb:
         raise ConfigError(
             f"{folder} holds a sweep of seedbed {earlier.verb} and the file says {plan.verb}; choose another --output"
