@@ -13,6 +13,10 @@ from seedbed.parsing import parse_yaml
 from seedbed.runs.folder import has_damaged_summary, read_records, read_summary
 
 
+UNREADABLE = {"status": "unreadable", "reason": "metrics.json is damaged"}
+"""Stands for a summary that cannot be read."""
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """A run as its folder tells it. Runs of other versions may lack options and entries: ask with `.get`."""
@@ -75,7 +79,7 @@ def read_run(path: str | Path) -> RunInfo:
         regime=str(content.pop("regime", "scratch")),
         options=content,
         sources=sources if isinstance(sources, dict) else {},
-        summary={"status": "unreadable"} if has_damaged_summary(run) else read_summary(run),
+        summary=UNREADABLE if has_damaged_summary(run) else read_summary(run),
     )
 
 

@@ -148,7 +148,8 @@ def test_what_somebody_chose_comes_before_what_a_preset_says(capsys: pytest.Capt
 def test_a_damaged_summary_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(Path("runs/a"), {}, {}, metrics=[{"step": 1, "train_loss": 2.0}]).path
     (folder / "metrics.json").write_text("{", encoding="utf-8")
-    assert "Status  unreadable" in printed(capsys, "show", "a")
+    lines = [" ".join(line.split()) for line in printed(capsys, "show", "a").splitlines()]
+    assert lines[1:3] == ["Status unreadable", "Reason metrics.json is damaged"]
     assert json.loads(printed(capsys, "show", "a", "--json"))["status"] == "unreadable"
     assert json.loads(printed(capsys, "list", "--json"))["runs"][0]["status"] == "unreadable"
 
