@@ -12,7 +12,6 @@ from seedbed.errors import ConfigError
 from seedbed.parsing import parse_yaml
 from seedbed.runs.folder import has_damaged_summary, read_records, read_summary
 
-
 UNREADABLE = {"status": "unreadable", "reason": "metrics.json is damaged"}
 """Stands for a summary that cannot be read."""
 
