@@ -8,11 +8,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
-from seedbed.cli.app import run
+from seedbed.cli.app import cli, run
 from seedbed.cli.reference import reference
 from tests.conftest import MakeText
 
@@ -85,6 +87,29 @@ def test_make_targets_exist() -> None:
 
 def test_options_page_is_what_the_code_says() -> None:
     assert (ROOT / "docs/options.md").read_text() == reference(), "run `make docs`"
+
+
+def test_options_page_has_every_option() -> None:
+    page = (ROOT / "docs/options.md").read_text()
+    shared, _, verbs = page.partition("## Every verb")
+    chapters = {chapter.split("`")[1]: chapter for chapter in verbs.split("\n### ")[1:]}
+    for path, command in every_verb(cli, "seedbed"):
+        chapter = next(text for usage, text in chapters.items() if usage == path or usage.startswith(f"{path} "))
+        for option in command.params:
+            if isinstance(option, click.Option):
+                place = shared + chapter if "Besides the options above" in chapter else chapter
+                assert all(f"`{name}`" in place for name in option.opts), f"{path}: {option.name}"
+
+
+def every_verb(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
+    if not isinstance(command, click.Group):
+        yield path, command
+        return
+    context = click.Context(command)
+    for name in command.list_commands(context):
+        below = command.get_command(context, name)
+        assert below
+        yield from every_verb(below, f"{path} {name}")
 
 
 def test_every_page_is_in_the_readme() -> None:

@@ -20,11 +20,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 @click.command("import", cls=Verb, epilog="Example: seedbed import SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2")
 @click.argument("source")
 @click.argument("folder", required=False)
-@click.option("--output", metavar="FOLDER", help="Where to write it, if no FOLDER follows SOURCE; a new or empty one.")
+@click.option("--output", metavar="FOLDER", help="Where to write it, unless FOLDER says so; a new or empty folder.")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Of the weights written. [float32 from GGUF; from the hub, the files as they are]",
+    help="Type of the weights written. [float32 from GGUF; from the hub, as they are stored]",
 )
 @json_option
 @click.pass_context
@@ -37,11 +37,11 @@ def import_model(
     dtype: str | None,
     as_json: bool,
 ) -> None:
-    """Make a model folder of SOURCE: a .gguf file, or a model on the hub (gpt2, owner/name).
+    """Convert SOURCE to a model folder: a .gguf file, or a model on the hub (gpt2, owner/name).
 
-    Every --model takes the folder, and transformers opens it. Quantized weights become plain ones of 4 bytes each (2
+    Every --model accepts the folder, and transformers opens it. Quantized weights become plain ones of 4 bytes each (2
     with --dtype bfloat16); what quantization lost stays lost. Families: GPT-2, Llama (and what a GGUF file calls
-    llama: Mistral, TinyLlama, SmolLM), Qwen2, Qwen3. From the hub only safetensors are taken, never pickled
+    llama: Mistral, TinyLlama, SmolLM), Qwen2, Qwen3. From the hub only safetensors are downloaded, never pickled
     weights.
     """
     refuse_unknown(ctx)

@@ -20,9 +20,9 @@ WIDTH = 100
 @json_option
 @click.pass_context
 def diagnose(ctx: click.Context, /, folder: str, as_json: bool) -> None:
-    """What went wrong in a run, the numbers that show it, and the flags to change. Nothing for a healthy one.
+    """Say what went wrong in a run, which numbers show it, and which flags to change; of a healthy run, nothing.
 
-    RUN is a run folder or one of its checkpoints. A run that still goes can be looked at too.
+    RUN is a run folder or one of its checkpoints. The run may still be going on.
     """
     refuse_unknown(ctx)
     from seedbed.runs.diagnose import find, read_facts

@@ -25,24 +25,29 @@ if TYPE_CHECKING:
 
 @click.group()
 def tokenizer() -> None:
-    """Train a tokenizer, or look into one."""
+    """Train a tokenizer, or inspect one."""
 
 
 @tokenizer.command(
-    "train", cls=Verb, epilog="Example: seedbed tokenizer train --data book.txt --vocab_size 2000 --output tok"
+    "train",
+    cls=Verb,
+    short_help="Train a tokenizer on a text.",
+    epilog="Example: seedbed tokenizer train --data book.txt --vocab_size 2000 --output tok",
 )
 @click.option(
-    "--type", "kind", default="bpe", metavar="bpe|char", help="Byte-level BPE, or one token a character. [bpe]"
+    "--type", "kind", default="bpe", metavar="bpe|char", help="Byte-level BPE, or one token for each character. [bpe]"
 )
-@click.option("--vocab_size", type=click.IntRange(min=1), help="Size; by default it grows with the text, up to 8000.")
-@click.option("--output", required=True, metavar="FOLDER", help="Where to save it.")
+@click.option(
+    "--vocab_size", type=click.IntRange(min=1), help="Number of tokens; by default it grows with the text, up to 8000."
+)
+@click.option("--output", required=True, metavar="FOLDER", help="Where to save it; a new or empty folder.")
 @json_option
 @sections(TextOptions)
 @click.pass_context
 def train_tokenizer(
     ctx: click.Context, /, kind: str, vocab_size: int | None, output: str, as_json: bool, **_flags: Any
 ) -> None:
-    """Train a tokenizer on the training documents; those that --val_split holds out are never looked at."""
+    """Train a tokenizer on the training documents; documents held out for validation are not used."""
     refuse_unknown(ctx)
     options = read_section(TextOptions, given(ctx, TextOptions.model_fields), FLAGS)
     if kind not in TRAINED_HERE:
@@ -75,7 +80,7 @@ def train_tokenizer(
 @json_option
 @click.pass_context
 def show_tokenizer(ctx: click.Context, folder: str, text: str | None, data: str | None, as_json: bool) -> None:
-    """A tokenizer's size and special tokens, and what it makes of a text."""
+    """Show a tokenizer's size and special tokens, and how it cuts a text."""
     refuse_unknown(ctx)
     from seedbed.data import open_whole
     from seedbed.text.tokenizer import Tokenizer, bytes_per_token
@@ -108,14 +113,14 @@ def show_tokenizer(ctx: click.Context, folder: str, text: str | None, data: str 
 
 @click.group()
 def data() -> None:
-    """Named sources, and what a model will be shown."""
+    """List named sources; show what a model will see of your data."""
 
 
 @data.command("list", cls=Verb)
 @json_option
 @click.pass_context
 def list_data(ctx: click.Context, /, as_json: bool) -> None:
-    """Sources that --data knows by name."""
+    """List the sources that --data knows by name."""
     refuse_unknown(ctx)
     from seedbed.data.named import NAMED
 
@@ -131,16 +136,16 @@ def list_data(ctx: click.Context, /, as_json: bool) -> None:
 
 
 @data.command("show", cls=Verb, epilog="Example: seedbed data show --data book.txt --tokenizer tok --max_seq_len 64")
-@click.option("--num", type=click.IntRange(min=1), default=3, help="How many rows. [3]")
-@click.option("--model", metavar="FOLDER", help="A pretrained model, whose tokenizer and template are taken.")
+@click.option("--num", type=click.IntRange(min=1), default=3, help="How many rows to show. [3]")
+@click.option("--model", metavar="FOLDER", help="A pretrained model whose tokenizer and chat template to use.")
 @json_option
 @sections(DataOptions)
 @click.pass_context
 def show_data(ctx: click.Context, /, num: int, model: str | None, as_json: bool, **_flags: Any) -> None:
-    """The first rows of the first epoch, exactly as a model will see them.
+    """Show the first rows of the first epoch, exactly as a model will see them.
 
-    What is learnt is shown plain (in colour, for conversations), what is only context dimmed, and a bar marks
-    where a document begins: nothing to its right sees anything to its left.
+    What is learnt is green, what is only context is dimmed, and a bar marks where a document begins: nothing to its
+    right sees anything to its left.
     """
     config = resolved(ctx, "scratch", names=DataOptions.model_fields)
     if model is not None and config.is_given("tokenizer"):

@@ -40,30 +40,32 @@ class JudgeOptions(Section):
     """The judge"""
 
     judge_url: str | None = Field(
-        None, description="Address of a server that speaks OpenAI's protocol, such as http://127.0.0.1:8000/v1."
+        None, description="Address of a server with an OpenAI-compatible API, such as http://127.0.0.1:8000/v1."
     )
-    judge_model: str | None = Field(None, description="The model there that judges; by default the first it lists.")
-    judge: str | None = Field(None, description="A local checkpoint, run or transformers folder that judges instead.")
-    repeats: Annotated[int, Field(gt=0)] = Field(1, description="How often each answer is scored.")
+    judge_model: str | None = Field(
+        None, description="Which of the server's models judges; by default the first it lists."
+    )
+    judge: str | None = Field(None, description="A local checkpoint, run or transformers folder to judge instead.")
+    repeats: Annotated[int, Field(gt=0)] = Field(1, description="How many times each answer is scored.")
     judge_temperature: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="How freely the judge writes. [0, or 1 with --repeats]"
+        None, description="Sampling temperature of the judge. [0, or 1 with --repeats]"
     )
     judge_concurrency: Annotated[int, Field(gt=0)] = Field(4, description="Requests at once.")
     judge_timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="Seconds to wait for a reply.")
     judge_retries: Annotated[int, Field(ge=0)] = Field(
-        5, description="How often a request is repeated after a refusal for load, an error or a time-out."
+        5, description="How many times to repeat a request after an overload, an error or a time-out."
     )
     judge_price: Annotated[str, Field(pattern=r"^\d+(\.\d+)?,\d+(\.\d+)?$")] | None = Field(
-        None, description="Price of a million tokens read and written by the judge, as IN,OUT, to show the cost."
+        None, description="Price of a million tokens that the judge reads and writes, as IN,OUT; shows the cost."
     )
 
 
 class AnswerOptions(SamplingOptions):
     """Answers"""
 
-    max_new_tokens: Annotated[int, Field(gt=0)] = Field(128, description="Tokens of an answer at most.")
+    max_new_tokens: Annotated[int, Field(gt=0)] = Field(128, description="The most tokens in an answer.")
     repetition_penalty: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="Above 1 makes tokens that already appeared less likely."
+        1.0, description="Above 1 makes tokens less likely once they have appeared."
     )
     greedy: bool = Field(True, description="Always take the likeliest token; --no_greedy samples.")
 
@@ -72,14 +74,26 @@ class AnswerOptions(SamplingOptions):
     "judge", cls=Verb, epilog="Example: seedbed judge --model runs/answers --judge_url http://127.0.0.1:8000/v1"
 )
 @model_option
-@click.option("--data", help="Questions with answers, as for training; by default what the run held out.")
-@click.option("--format", "form", default="auto", help="alpaca, qa, chat, completion; auto looks. [auto]")
-@click.option("--chat_template", help="How models are asked; by default each one's own, else the first's.")
-@click.option("--limit", type=click.IntRange(min=1), help="Ask only so many questions, spread over the data.")
-@click.option("--baseline", default="auto", help="A model to score beside it; auto: what its run began from; none.")
-@click.option("--against", metavar="FOLDER", help="Another model; the judge compares both answers in both orders.")
-@click.option("--output", metavar="FOLDER", help="Where transcripts are kept. [RUN/judge]")
-@click.option("--batch_size", type=click.IntRange(min=1), default=16, help="Answers written at once. [16]")
+@click.option("--data", help="Questions with answers, as for training; by default those that the run held out.")
+@click.option(
+    "--format", "form", default="auto", help="What --data holds: alpaca, qa, chat, completion; auto detects it. [auto]"
+)
+@click.option(
+    "--chat_template", help="Template to ask the models with; by default each model's own, else the first model's."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Ask only this many questions, spread over the data.")
+@click.option(
+    "--baseline",
+    default="auto",
+    help="A model to score for comparison; auto is the one that its run began from. Or none. [auto]",
+)
+@click.option(
+    "--against",
+    metavar="FOLDER",
+    help="Another model; the judge compares the two answers to each question, in both orders.",
+)
+@click.option("--output", metavar="FOLDER", help="Where to keep answers and replies. [RUN/judge]")
+@click.option("--batch_size", type=click.IntRange(min=1), default=16, help="Answers to write at once. [16]")
 @device_option
 @json_option
 @sections(JudgeOptions, AnswerOptions)
@@ -100,10 +114,10 @@ def judge(
     as_json: bool,
     **_flags: Any,
 ) -> None:
-    """A judge scores a model's answers against references, 0 to 100; without a judge, only how near they are.
+    """Let a judge score a model's answers against references, 0 to 100; without a judge, measure how close they are.
 
-    The judge is a model behind an address (--judge_url, its key in SEEDBED_JUDGE_KEY) or a local one (--judge).
-    Answers and scores are kept: the same command asks only for what is missing.
+    The judge is a model on a server (--judge_url, with its key in SEEDBED_JUDGE_KEY) or a local one (--judge).
+    Answers and scores are kept: the same command asks only for what is missing. Needs the extra `judge`.
     """
     refuse_unknown(ctx)
     refuse_without_data(ctx)

@@ -31,41 +31,50 @@ model_option = click.option(
     "--model",
     required=True,
     metavar="FOLDER",
-    help="A checkpoint, a run (its best), or any transformers folder.",
+    help="A checkpoint, a run (its best checkpoint is used), or any transformers folder.",
 )
-domain_option = click.option("--domain", help="The model as it was after this domain, from its history.")
-device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps. [auto]")
+domain_option = click.option("--domain", help="Use the model as it was after this domain of its history.")
+device_option = click.option("--device", default="auto", help="Where to run: auto, cpu, cuda, cuda:1, mps. [auto]")
 precisions = click.Choice(["auto", "bf16", "fp16", "fp32"])
 precision_option = click.option(
     "--precision",
     type=precisions,
     default="auto",
-    help="Of the matrix products; auto takes what this hardware accelerates. [auto]",
+    help="Compute precision; auto picks what this hardware accelerates. [auto]",
 )
 
 
 @click.command(cls=Verb, epilog="Example: seedbed evaluate --model runs/demo --data other.txt --stride 128")
 @model_option
 @domain_option
-@click.option("--data", help="Text, as for training; by default the documents that the run held out.")
-@click.option("--format", "form", default="auto", help="text, alpaca, qa, chat, completion; auto looks. [auto]")
-@click.option("--chat_template", help="For conversations; by default the tokenizer's own, else the format's.")
-@click.option("--text_column", default="text", help="Column of JSONL and Parquet rows. [text]")
-@click.option("--document", help="What separates documents in text files. [file]")
-@click.option("--split", help="Of a named source: train, validation or test. [test, else validation]")
+@click.option("--data", help="Text to measure on, as for training; by default the documents that the run held out.")
+@click.option(
+    "--format",
+    "form",
+    default="auto",
+    help="What --data holds: text, alpaca, qa, chat, completion; auto detects it. [auto]",
+)
+@click.option(
+    "--chat_template", help="For conversations; by default the tokenizer's own template, else that of the format."
+)
+@click.option("--text_column", default="text", help="Column of JSON and Parquet rows that holds the text. [text]")
+@click.option("--document", help="What separates documents in text files, as for training. [file]")
+@click.option("--split", help="Which split of a named source: train, validation or test. [test, else validation]")
 @click.option(
     "--max_seq_len",
     type=click.IntRange(min=1),
-    help="Tokens predicted in a window. [the model's, at most 1024]",
+    help="Tokens predicted in one window. [the model's context, at most 1024]",
 )
-@click.option("--stride", type=click.IntRange(min=1), help="Tokens between windows. [--max_seq_len: no overlap]")
-@click.option("--batch_size", type=click.IntRange(min=1), default=8, help="Windows at a time. [8]")
+@click.option(
+    "--stride", type=click.IntRange(min=1), help="Tokens from one window to the next. [--max_seq_len: no overlap]"
+)
+@click.option("--batch_size", type=click.IntRange(min=1), default=8, help="Windows in one batch. [8]")
 @device_option
 @click.option(
     "--precision",
     type=precisions,
     default="fp32",
-    help="Of the matrix products; auto takes what this hardware accelerates: sooner, some 0.001 nats away. [fp32]",
+    help="Compute precision; auto picks what this hardware accelerates: faster, some 0.001 nats off. [fp32]",
 )
 @json_option
 @click.pass_context
@@ -87,7 +96,7 @@ def evaluate(
     precision: str,
     as_json: bool,
 ) -> None:
-    """Loss, perplexities and bits per byte of a model on text, or on the answers of conversations."""
+    """Measure loss, perplexity and bits per byte of a model on text, or on the answers of conversations."""
     refuse_unknown(ctx)
     refuse_without_data(ctx)
     model = at_domain(model, domain)
@@ -211,9 +220,11 @@ def held_out_evaluation(run: str, console: Console) -> tuple[Decoder, Tokenizer,
 @click.command(cls=Verb, epilog="Example: seedbed generate --model runs/demo --prompt 'The class' --temperature 0.7")
 @model_option
 @domain_option
-@click.option("--prompt", multiple=True, help="Text to continue; give several for a batch. Empty starts a document.")
+@click.option(
+    "--prompt", multiple=True, help="Text to continue; may be given several times. Empty starts a new document."
+)
 @click.option("--prompt_file", type=click.Path(), help="A text file to continue.")
-@click.option("--chat", is_flag=True, help="Give each prompt as a question, in the model's chat template.")
+@click.option("--chat", is_flag=True, help="Ask each prompt as a question, in the model's chat template.")
 @click.option("--system", help="With --chat, what the model is told before the question.")
 @device_option
 @precision_option
@@ -234,7 +245,7 @@ def generate(
     as_json: bool,
     **_flags: Any,
 ) -> None:
-    """Text from a model, streamed as it is written."""
+    """Let a model continue a text, or answer with --chat; one prompt is streamed, several are written as a batch."""
     refuse_unknown(ctx)
     model = at_domain(model, domain)
     if system and not chat:
@@ -317,9 +328,10 @@ def chat(
     precision: str,
     **_flags: Any,
 ) -> None:
-    """Talk with a model that was taught to answer; an empty line or Ctrl-D ends the conversation.
+    """Talk to a model that was taught to answer; an empty line or Ctrl-D ends the conversation.
 
-    All that was said is read again at each turn. When it no longer fits the context, the oldest turns are forgotten.
+    The model sees the whole conversation at each turn. When that no longer fits its context, the oldest turns are
+    dropped.
     """
     refuse_unknown(ctx)
     model = at_domain(model, domain)

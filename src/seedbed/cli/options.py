@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from seedbed.config import (
     REGIMES,
     Config,
     Layer,
+    ModelOptions,
     Section,
     option_names,
     read_config_file,
@@ -27,12 +28,52 @@ from seedbed.errors import ConfigError
 TEXTS = ("data", "val_data", "general_data")
 """Flags whose second value would not replace the first in the eyes of those who give both."""
 
+OF_PRESETS = ("max_seq_len", "batch_size", "learning_rate")
+"""Options with a default of which some sizes of model that `--model` names have their own value."""
+
+PRETRAINED = {
+    "model": "The model to begin with: a model folder, a run or one of its checkpoints, or a hub id.",
+    "tokenizer": "A tokenizer folder or hub id with the model's tokens; by default the model's own.",
+    "vocab_size": "Not for a pretrained model, which has a tokenizer already.",
+    "max_seq_len": "Context length: tokens in one row of a batch; at most what the model allows.",
+}
+"""What options mean where a pretrained model is trained, if that is not what they mean from scratch."""
+
+CONTINUED = {
+    "learning_rate": "Peak learning rate; without --lora, a model trained here takes half of its old peak instead.",
+}
+"""The same where a domain is added."""
+
 
 class SectionOption(click.Option):
-    """A flag that belongs to a documented section; its value is checked later, with all the others."""
+    """A flag that belongs to a documented section; its value is checked later, with all the others.
 
-    def __init__(self, name: str, field: FieldInfo, section: type[Section], regimes: Sequence[str]) -> None:
+    Its help names its default: the one in `values`, else the one of `regimes`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        field: FieldInfo,
+        section: type[Section],
+        regimes: Sequence[str],
+        values: Mapping[str, Any],
+        *,
+        with_presets: bool,
+    ) -> None:
         self.section = section.__doc__ or ""
+        description = field.description or ""
+        if "scratch" not in regimes:
+            description = PRETRAINED.get(name, description)
+        if "continue" in regimes:
+            description = CONTINUED.get(name, description)
+        if name in values:
+            default = f" [{values[name]}]"
+            description = description.partition("; by default")[0].removesuffix(".") + "."
+        else:
+            default = _default(name, field, regimes)
+            if with_presets and name in OF_PRESETS:
+                default = default.replace("]", ", or the preset's]")
         many, is_text = typing.get_origin(field.annotation) is tuple, name in TEXTS
         flag = f"--{name}/--no_{name}" if _is_bool(field) else f"--{name}"
         super().__init__(
@@ -42,7 +83,7 @@ class SectionOption(click.Option):
             callback=_only_one if is_text else None,
             type=None if _is_bool(field) else str,
             metavar=None if _is_bool(field) else _metavar(field),
-            help=f"{field.description}{_default(name, field, regimes)}",
+            help=f"{description}{default}",
         )
 
 
@@ -55,13 +96,22 @@ def _only_one(_ctx: click.Context, option: click.Parameter, values: tuple[str, .
     return values[0] if values else None
 
 
-def sections(*classes: type[Section], regimes: Sequence[str] = ("scratch",)) -> Callable[[Any], Any]:
-    """Give a command the flags of these sections; defaults that depend on the regime are shown for `regimes`."""
+def sections(
+    *classes: type[Section], regimes: Sequence[str] = ("scratch",), values: Mapping[str, Any] | None = None
+) -> Callable[[Any], Any]:
+    """Give a command the flags of these sections.
+
+    Args:
+        classes: the sections.
+        regimes: for which defaults are shown, where they depend on the regime.
+        values: what the command itself puts in place of defaults.
+    """
+    own, with_presets = values or {}, ModelOptions in classes
 
     def decorate(command: Any) -> Any:
         for section in reversed(classes):
             for name, field in reversed(section.model_fields.items()):
-                option = SectionOption(name, field, section, regimes)
+                option = SectionOption(name, field, section, regimes, own, with_presets=with_presets)
                 command.__click_params__ = [*getattr(command, "__click_params__", []), option]
         return command
 
@@ -69,10 +119,12 @@ def sections(*classes: type[Section], regimes: Sequence[str] = ("scratch",)) -> 
 
 
 config_option = click.option(
-    "--config", metavar="FILE.yaml|PRESET", help="Values under the same names as the flags; flags win."
+    "--config",
+    metavar="FILE.yaml|PRESET",
+    help="YAML file with options under the names of the flags, or a preset; flags win.",
 )
 from_option = click.option(
-    "--from", "from_run", metavar="RUN", help="Begin with the options of another run, its parent; file and flags win."
+    "--from", "from_run", metavar="RUN", help="Begin with the options chosen for another run; --config and flags win."
 )
 
 
@@ -127,7 +179,7 @@ def _default(name: str, field: FieldInfo, regimes: Sequence[str]) -> str:
     if field.is_required():
         values = {regime: REGIMES[regime].defaults[name] for regime in regimes}
         if len(set(values.values())) > 1:
-            return " [" + ", ".join(f"{value:g} {regime}" for regime, value in values.items()) + "]"
+            return " [" + ", with LoRA ".join(f"{value:g}" for value in values.values()) + "]"
         value = values[regimes[0]]
         return f" [{value:g}]" if isinstance(value, float) else f" [{value}]" if value else ""
     if field.default in (None, "", ()):

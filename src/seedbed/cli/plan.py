@@ -13,16 +13,21 @@ from seedbed.cli.verb import Verb
 from seedbed.config import REGIMES, TRAINED_HERE
 
 memory_limit_option = click.option(
-    "--memory_limit", metavar="SIZE", help="Find the largest batch that fits into so much, such as 8GB."
+    "--memory_limit", metavar="SIZE", help="Find the largest batch that fits into this much memory, such as 8GB."
 )
 
 
 @click.group()
 def plan() -> None:
-    """What a run would take, before it starts."""
+    """What a run will cost and what may go wrong, before it starts."""
 
 
-@plan.command("pretrain", cls=Verb, epilog="Example: seedbed plan pretrain --model gpt2-medium --memory_limit 16GB")
+@plan.command(
+    "pretrain",
+    cls=Verb,
+    short_help="The cost of training a model from scratch.",
+    epilog="Example: seedbed plan pretrain --model gpt2-medium --memory_limit 16GB",
+)
 @config_option
 @from_option
 @json_option
@@ -30,9 +35,9 @@ def plan() -> None:
 @sections(*REGIMES["scratch"].sections)
 @click.pass_context
 def plan_pretrain(ctx: click.Context, /, as_json: bool, memory_limit: str | None, **_flags: Any) -> int:
-    """Memory, speed and disk of a model; with --data, how long the run takes and what may go wrong.
+    """Memory, speed and disk that training a model would need; with --data, also the time and what may go wrong.
 
-    With --strict the exit code is 2 when there is a warning.
+    With --strict, a warning makes the exit code 2.
     """
     return _plan("scratch", ctx, as_json, memory_limit)
 
@@ -40,6 +45,7 @@ def plan_pretrain(ctx: click.Context, /, as_json: bool, memory_limit: str | None
 @plan.command(
     "finetune",
     cls=Verb,
+    short_help="The cost of fine-tuning, and what is in the data.",
     epilog="Example: seedbed plan finetune --model gpt2-medium --lora --lora_r 16 --lora_targets all-linear,head",
 )
 @config_option
@@ -49,15 +55,18 @@ def plan_pretrain(ctx: click.Context, /, as_json: bool, memory_limit: str | None
 @sections(*REGIMES["finetune"].sections, regimes=FINETUNING)
 @click.pass_context
 def plan_finetune(ctx: click.Context, /, as_json: bool, memory_limit: str | None, **_flags: Any) -> int:
-    """What would be trained, what it takes and what may go wrong; with --data, what is in the data. Reads no weights.
+    """What would be trained, what it costs and what may go wrong; with --data, what is in the data. Reads no weights.
 
-    With --strict the exit code is 2 when there is a warning.
+    With --strict, a warning makes the exit code 2.
     """
     return _plan("finetune", ctx, as_json, memory_limit)
 
 
 @plan.command(
-    "continue", cls=Verb, epilog="Example: seedbed plan continue --model runs/book --data law.txt --domain law"
+    "continue",
+    cls=Verb,
+    short_help="The cost of teaching a model another domain.",
+    epilog="Example: seedbed plan continue --model runs/book --data law.txt --domain law",
 )
 @config_option
 @from_option
@@ -66,7 +75,7 @@ def plan_finetune(ctx: click.Context, /, as_json: bool, memory_limit: str | None
 @sections(*REGIMES["continue"].sections, regimes=CONTINUING)
 @click.pass_context
 def plan_continue(ctx: click.Context, /, as_json: bool, memory_limit: str | None, **_flags: Any) -> int:
-    """What a domain more would take and what may go wrong; of the new text alone, without replay."""
+    """What another domain would cost and what may go wrong. Counts the new text alone, without replay."""
     return _plan("continue", ctx, as_json, memory_limit)
 
 

@@ -25,7 +25,7 @@ UNCUT = 100
 
 @click.group()
 def runs() -> None:
-    """What runs did: a table of them, one in full, several side by side, notes, a report."""
+    """List, show, compare and annotate runs; write report pages."""
 
 
 @runs.command(
@@ -35,16 +35,18 @@ def runs() -> None:
     "seedbed runs list runs/sweep --columns name,lr,val_loss --format markdown",
 )
 @click.argument("folders", metavar="[FOLDER ...]", nargs=-1)
-@click.option("--columns", metavar="NAME,...", help="Columns to show, or all; docs/runs.md says what each is.")
-@click.option("--sort", metavar="NAME", help="By a column or an option; -NAME sorts downwards.")
+@click.option("--columns", metavar="NAME,...", help="Columns to show, or `all`; docs/runs.md explains each.")
+@click.option("--sort", metavar="NAME", help="Sort by a column or an option; -NAME puts the highest first.")
 @click.option(
     "--filter",
     "filters",
     multiple=True,
     metavar="'NAME<VALUE'",
-    help="Only runs whose column or option is so: = != < <= > >=, ~ for contains; may be given several times.",
+    help="Only runs where this holds of a column or an option: = != < <= > >=, or ~ for contains. May be repeated.",
 )
-@click.option("--format", "form", type=click.Choice(["table", "markdown", "csv"]), default="table", help="[table]")
+@click.option(
+    "--format", "form", type=click.Choice(["table", "markdown", "csv"]), default="table", help="How to print. [table]"
+)
 @json_option
 @click.pass_context
 def list_runs(
@@ -57,7 +59,7 @@ def list_runs(
     form: Any,
     as_json: bool,
 ) -> None:
-    """A table of the runs at or below the folders (by default runs/)."""
+    """List the runs in and below the folders (by default runs/) as a table."""
     from seedbed.runs.columns import BY_DEFAULT, check_columns
     from seedbed.runs.query import select
     from seedbed.runs.table import load_runs, render, table
@@ -104,14 +106,16 @@ def _say_what_is_left_out(rows: Sequence[dict[str, Any]], width: int) -> None:
 
 @runs.command("show", cls=Verb, epilog="Example: seedbed runs show runs/law --lineage --baseline runs/law-naive")
 @click.argument("folder", metavar="RUN")
-@click.option("--lineage", is_flag=True, help="The domains its model learnt, and what each made it forget.")
+@click.option("--lineage", is_flag=True, help="Show the domains its model learnt, and what each made it forget.")
 @click.option(
-    "--baseline", metavar="RUN", help="With --lineage, a naive run of the same domain from the same model, to compare."
+    "--baseline",
+    metavar="RUN",
+    help="With --lineage, compare with this naive run of the same domain from the same model.",
 )
 @json_option
 @click.pass_context
 def show_run(ctx: click.Context, /, folder: str, lineage: bool, baseline: str | None, as_json: bool) -> None:
-    """One run in full, or the history of its model. RUN is a run folder or one of its checkpoints."""
+    """Show one run in full, or the history of its model. RUN is a run folder or one of its checkpoints."""
     refuse_unknown(ctx)
     if baseline and not lineage:
         raise ConfigError("--baseline has no meaning without --lineage; add --lineage, or leave it out")
@@ -132,12 +136,17 @@ def show_run(ctx: click.Context, /, folder: str, lineage: bool, baseline: str | 
         click.echo(line)
 
 
-@runs.command("note", cls=Verb, epilog='Example: seedbed runs note runs/book "twice the context, same loss"')
+@runs.command(
+    "note",
+    cls=Verb,
+    short_help="Write a note on a run.",
+    epilog='Example: seedbed runs note runs/book "twice the context, same loss"',
+)
 @click.argument("name", metavar="RUN")
 @click.argument("text")
 @click.pass_context
 def note(ctx: click.Context, /, name: str, text: str) -> None:
-    """Write a note on a run, in place of the one it has; an empty text removes it."""
+    """Write a note on a run; it replaces the one before, and an empty text removes it."""
     refuse_unknown(ctx)
     run = _run(name).path
     if has_damaged_summary(run):
@@ -149,6 +158,7 @@ def note(ctx: click.Context, /, name: str, text: str) -> None:
 @runs.command(
     "compare",
     cls=Verb,
+    short_help="Compare runs: options, results, curves, answers.",
     epilog="Example: seedbed runs compare runs/base runs/lora --axis time --report comparison.html",
 )
 @click.argument("names", metavar="RUN RUN [...]", nargs=-1)
@@ -156,16 +166,16 @@ def note(ctx: click.Context, /, name: str, text: str) -> None:
     "--axis",
     type=click.Choice(["step", "tokens", "time", "epoch"]),
     default="tokens",
-    help="What curves are aligned by. [tokens]",
+    help="What to align the curves by. [tokens]",
 )
-@click.option("--markdown", is_flag=True, help="As Markdown.")
+@click.option("--markdown", is_flag=True, help="Print as Markdown.")
 @click.option("--report", metavar="FILE.html", help="Also write a page with curves.")
 @json_option
 @click.pass_context
 def compare_runs(
     ctx: click.Context, /, names: tuple[str, ...], axis: Any, markdown: bool, report: str | None, as_json: bool
 ) -> None:
-    """What differs between runs, whether it is more than luck, and their answers side by side."""
+    """Show what differs between runs, whether it is more than luck, and their answers side by side."""
     _refuse_flags_among(ctx, names)
     found = {run.path.resolve(): run for run in map(_run, names)}
     if len(found) < 2:
@@ -186,13 +196,22 @@ def compare_runs(
         click.echo(_write_report([run.path for run in found.values()], report), err=as_json)
 
 
-@runs.command("report", cls=Verb, epilog="Example: seedbed runs report runs/base runs/lora --output comparison.html")
+@runs.command(
+    "report",
+    cls=Verb,
+    short_help="Write a page with curves and diagnosis.",
+    epilog="Example: seedbed runs report runs/base runs/lora --output comparison.html",
+)
 @click.argument("names", metavar="RUN [...]", nargs=-1, required=True)
-@click.option("--output", metavar="FILE.html", help="[report.html in the run, comparison.html around several]")
+@click.option(
+    "--output",
+    metavar="FILE.html",
+    help="Where to write the page. [report.html in the run; for several, comparison.html beside them]",
+)
 @json_option
 @click.pass_context
 def report_runs(ctx: click.Context, /, names: tuple[str, ...], output: str | None, as_json: bool) -> None:
-    """Write a page with curves, events, samples and diagnosis that opens offline."""
+    """Write a page with curves, events, samples and diagnosis of one run or several. It opens offline."""
     _refuse_flags_among(ctx, names)
     page = _write_report([_run(name).path for name in names], output)
     if as_json:

@@ -13,23 +13,26 @@ from seedbed.cli.verb import Verb, refuse_unknown
 
 @click.command(
     cls=Verb,
-    epilog="Example: seedbed sweep examples/sweeps/quick.yaml. The same command again goes on with an unfinished one.",
+    epilog="Example: seedbed sweep examples/sweeps/quick.yaml. The same command again resumes an unfinished sweep.",
 )
 @click.argument("file", metavar="FILE.yaml")
 @click.option("--output", metavar="FOLDER", help="The sweep's folder. [runs/ and the name of the file]")
 @click.option(
-    "--at_once", type=click.IntRange(min=1), metavar="N", help="Runs at a time. [as many as GPUs; one on a CPU]"
+    "--at_once",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many runs to train at once. [one for each GPU; one on a CPU]",
 )
-@click.option("--dry_run", is_flag=True, help="Check the file and say which runs it stands for.")
+@click.option("--dry_run", is_flag=True, help="Check the file and list the runs, without training.")
 @json_option
 @click.pass_context
 def sweep(
     ctx: click.Context, /, file: str, output: str | None, at_once: int | None, dry_run: bool, as_json: bool
 ) -> int:
-    """Train what a file lists: every combination of a grid, named runs, each with several seeds.
+    """Train the runs that a file describes: every combination of a grid, named runs, each with several seeds.
 
-    Each run is a process of its own, with a folder below the sweep's. The sweep ends in a table, sorted by validation
-    loss, and a page that compares the runs.
+    Each run is a process of its own, with a folder inside the sweep's. At the end there is a table, sorted by
+    validation loss, and a page that compares the runs.
     """
     refuse_unknown(ctx)
     if dry_run:

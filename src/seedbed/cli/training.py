@@ -19,17 +19,19 @@ from seedbed.config import (
     Layer,
     SamplingOptions,
     read_config_file,
+    read_preset,
 )
 from seedbed.errors import ConfigError
 
 FINETUNING = ("finetune", "lora")
 CONTINUING = ("continue", "continue-lora")
+DEMO = {"output": "runs/demo"}
 
 
 @click.command(
     cls=Verb,
     epilog="Example: seedbed pretrain --data book.txt --model tiny --epochs 5. "
-    "The same command again goes on with an unfinished run.",
+    "The same command again resumes an unfinished run.",
 )
 @config_option
 @from_option
@@ -37,14 +39,18 @@ CONTINUING = ("continue", "continue-lora")
 @sections(*REGIMES["scratch"].sections)
 @click.pass_context
 def pretrain(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
-    """Train a language model from scratch."""
+    """Train a language model from scratch.
+
+    The preset that --model names gives the model's shape; some presets also give a context length, a batch size or a
+    learning rate of their own (small, the default, a learning rate of 0.001). A flag wins over the preset.
+    """
     return _train(resolved(ctx, "scratch", needs_text=True), make_console(as_json), as_json)
 
 
 @click.command(
     cls=Verb,
     epilog="Examples: seedbed finetune --model HuggingFaceTB/SmolLM2-135M-Instruct --data questions.json --lora; "
-    "seedbed finetune --model gpt2 --data book.txt. The same command again goes on with an unfinished run.",
+    "seedbed finetune --model gpt2 --data book.txt. The same command again resumes an unfinished run.",
 )
 @config_option
 @from_option
@@ -52,7 +58,7 @@ def pretrain(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
 @sections(*REGIMES["finetune"].sections, regimes=FINETUNING)
 @click.pass_context
 def finetune(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
-    """Adapt a pretrained model to your text or your instructions: whole, in part, or with LoRA."""
+    """Adapt a pretrained model to your text or your instructions: in full, in part, or with LoRA."""
     return _train(resolved(ctx, "finetune", needs_text=True), make_console(as_json), as_json)
 
 
@@ -69,10 +75,10 @@ def finetune(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
 @sections(*REGIMES["continue"].sections, regimes=CONTINUING)
 @click.pass_context
 def continue_(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
-    """Add a domain to a model while measuring, and holding, what it knew.
+    """Teach a model a new domain, keep what it knew, and measure both.
 
-    The model's folder remembers its domains: held-out text of each, some training text to replay, all figures. With
-    --rollback_to and no --data, the model as it was after that domain is copied to --output.
+    The model's folder remembers its domains: held-out text of each, some training text to replay, and all figures.
+    --rollback_to without --data copies the model as it was after that domain to --output.
     """
     config = resolved(ctx, "continue", needs_text=True)
     if config.keeping.rollback_to and config.data.data is None and not config.watching.resume_from:
@@ -98,12 +104,15 @@ def _roll_back(config: Config, as_json: bool) -> int:
 
 @click.command(cls=Verb, epilog="Example: seedbed demo")
 @json_option
-@sections(*REGIMES["scratch"].sections)
+@sections(*REGIMES["scratch"].sections, values=read_preset("tiny") | read_preset("demo") | DEMO)
 @click.pass_context
 def demo(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
-    """The tour: train on the documentation inside your own Python, evaluate, generate. About two minutes."""
-    output = Layer("preset demo", {"output": "runs/demo"})
-    config, console = resolved(ctx, "scratch", below=[read_config_file("demo"), output]), make_console(as_json)
+    """A tour of about two minutes: train on the documentation inside your own Python, evaluate, generate.
+
+    It takes the flags of `pretrain`; the values in brackets are those of the preset `demo`.
+    """
+    below = [read_config_file("demo"), Layer("preset demo", DEMO)]
+    config, console = resolved(ctx, "scratch", below=below), make_console(as_json)
     if code := _train(config, console, as_json):
         return code
     _tour(str(config.watching.output), console)

@@ -31,7 +31,7 @@ class Verb(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):
-                groups.setdefault(getattr(parameter, "section", "Other"), []).append(record)
+                groups.setdefault(getattr(parameter, "section", "Options"), []).append(record)
         for title, records in groups.items():
             with formatter.section(title):
                 formatter.write_dl(records)

@@ -60,7 +60,10 @@ class TextOptions(Section):
         None,
         description="Text to learn: a file, folder, glob, or a name from `data list`. Tables are .jsonl or .parquet.",
     )
-    val_data: Name | None = Field(None, description="Text to validate on; by default --val_split of --data.")
+    val_data: Name | None = Field(
+        None,
+        description="Text to validate on; by default a named source's validation split, else --val_split of --data.",
+    )
     val_split: Share = Field(
         0.1, description="Share of the text (in bytes) to hold out, as whole documents, if --val_data is not given."
     )

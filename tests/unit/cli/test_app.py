@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from seedbed import __version__
 from seedbed.cli.app import run
+from seedbed.cli.options import SectionOption
+from seedbed.cli.training import demo, pretrain
+from seedbed.config import read_preset
 
 TEXT = {
     "--data",
@@ -249,8 +253,32 @@ def test_help_shows_flags_by_section_with_defaults(verb: str, capsys: pytest.Cap
     run([*verb.split(), "--help"])
     text = capsys.readouterr().out
     assert "\nData:\n" in text
-    assert ("[512]" if {"finetune", "continue"} & set(verb.split()) else "[256]") in text
+    context = {"finetune": "[512]", "continue": "[512]", "demo": "[128]", "show": "[256]"}
+    assert context.get(verb.split()[-1], "[256, or the preset's]") in " ".join(text.split())
     assert " ".join(text.split()).count("[on]") >= 1
+
+
+def helps(command: click.Command) -> dict[str, str]:
+    return {str(option.name): option.help or "" for option in command.params if isinstance(option, SectionOption)}
+
+
+def test_help_says_which_defaults_the_presets_replace() -> None:
+    texts = helps(pretrain)
+    named = re.search(r"A preset \((.*?)\)", texts["model"])
+    assert named
+    replaced = {name for preset in named[1].split(", ") for name in read_preset(preset)}
+    with_default = {name for name in replaced if texts[name].endswith("]")}
+    assert with_default == {name for name, text in texts.items() if text.endswith(", or the preset's]")}
+    assert f"small, the default, a learning rate of {read_preset('small')['learning_rate']}" in " ".join(
+        (pretrain.help or "").split()
+    )
+
+
+def test_help_of_the_demo_has_its_own_values() -> None:
+    texts = helps(demo)
+    for name, value in {**read_preset("demo"), "output": "runs/demo"}.items():
+        assert texts[name].endswith(f"[{value}]")
+        assert "by default" not in texts[name]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
