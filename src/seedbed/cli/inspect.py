@@ -135,7 +135,12 @@ def list_data(ctx: click.Context, /, as_json: bool) -> None:
         click.echo(f"{row['name']:<14}{row['size']:>7}  {', '.join(row['splits']):<26}  {row['about']}")
 
 
-@data.command("show", cls=Verb, epilog="Example: seedbed data show --data book.txt --tokenizer tok --max_seq_len 64")
+@data.command(
+    "show",
+    cls=Verb,
+    short_help="Show rows of your data as a model will see them.",
+    epilog="Example: seedbed data show --data book.txt --tokenizer tok --max_seq_len 64",
+)
 @click.option("--num", type=click.IntRange(min=1), default=3, help="How many rows to show. [3]")
 @click.option("--model", metavar="FOLDER", help="A pretrained model whose tokenizer and chat template to use.")
 @json_option

@@ -31,6 +31,7 @@ def runs() -> None:
 @runs.command(
     "list",
     cls=Verb,
+    short_help="List runs as a table.",
     epilog="Examples: seedbed runs list --sort val_loss --filter 'status=done' --filter 'lr<1e-4'; "
     "seedbed runs list runs/sweep --columns name,lr,val_loss --format markdown",
 )

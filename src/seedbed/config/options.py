@@ -58,7 +58,7 @@ class TextOptions(Section):
 
     data: Name | None = Field(
         None,
-        description="Text to learn: a file, folder, glob, or a name from `data list`. Tables are .jsonl or .parquet.",
+        description="Text to learn: a text file, a JSON or Parquet table, a folder, a glob, or a name from `data list`.",
     )
     val_data: Name | None = Field(
         None,
