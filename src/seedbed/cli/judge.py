@@ -85,7 +85,7 @@ class AnswerOptions(SamplingOptions):
 @click.option(
     "--baseline",
     default="auto",
-    help="A model to score for comparison; auto is the one that its run began from. Or none. [auto]",
+    help="A model to score for comparison: a folder or hub id, `none`, or the one the run started from. [auto]",
 )
 @click.option(
     "--against",

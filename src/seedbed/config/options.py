@@ -58,7 +58,7 @@ class TextOptions(Section):
 
     data: Name | None = Field(
         None,
-        description="Text to learn: a text file, a JSON or Parquet table, a folder, a glob, or a name from `data list`.",
+        description="Text to learn: a text file, JSON or Parquet table, folder, glob, or a name from `data list`.",
     )
     val_data: Name | None = Field(
         None,
