@@ -157,7 +157,7 @@ def test_time_of_a_run_that_ended_early_is_not_held_against_its_forecast() -> No
 
 
 def test_guardrails_have_flags_to_copy(html: str) -> None:
-    assert "Said before the first step" in html
+    assert "Found before the first step" in html
     assert '<code>--warmup_ratio 0.1</code> <button type="button" class="copy">' in html
 
 
