@@ -47,7 +47,7 @@ def reference() -> str:
         if section is ModelOptions:
             parts.append("`finetune` and `continue` have `--model` and `--dropout` only.\n")
         parts.append(_table([options[name] for name in section.model_fields]))
-    parts.append("### For a pretrained model\n\nWith `finetune` and `continue` these differ from the above:\n")
+    parts.append("### For a pretrained model\n\nWith `finetune` and `continue` these mean something else:\n")
     parts.append(_table([o for o in commands["finetune"].params if o.name in PRETRAINED]))
     parts.append("And with `continue`:\n")
     parts.append(_table([o for o in commands["continue"].params if o.name in CONTINUED]))

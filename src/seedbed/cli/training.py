@@ -109,7 +109,7 @@ def _roll_back(config: Config, as_json: bool) -> int:
 def demo(ctx: click.Context, /, as_json: bool, **_flags: Any) -> int:
     """A tour of about two minutes: train on the documentation inside your own Python, evaluate, generate.
 
-    It takes the flags of `pretrain`; the values in brackets are those of the preset `demo`.
+    It takes the flags of `pretrain`; the preset `demo` gives their defaults.
     """
     below = [read_config_file("demo"), Layer("preset demo", DEMO)]
     config, console = resolved(ctx, "scratch", below=below), make_console(as_json)
