@@ -9,11 +9,9 @@ from seedbed.config import TRAINED_HERE, Config
 from seedbed.data.named import NAMED
 from seedbed.data.sources import find_files, open_source
 from seedbed.data.streaming import is_remote
-from seedbed.errors import ConfigError, DataError
-from seedbed.model.config import from_scratch
+from seedbed.errors import CheckpointError, ConfigError, DataError
+from seedbed.model.shape import ASSUMED_VOCAB, decoder_config
 from seedbed.text.hub import HUB_ID
-
-ASSUMED_VOCAB = 8000  # of a tokenizer that is not trained yet; no other size contradicts it
 
 Reading = tuple[str, str, str]
 """Column of the text in tables, rule for documents, format."""
@@ -37,7 +35,10 @@ def unfit_inputs(config: Config, look: Look) -> Iterator[str]:
     if data.tokenizer is not None and data.tokenizer not in TRAINED_HERE:
         yield from _missing_folder("--tokenizer", data.tokenizer)
     if config.regime == "scratch":
-        yield from _contradictions(config)
+        try:
+            decoder_config(config.model, data, data.vocab_size or ASSUMED_VOCAB)
+        except (ConfigError, CheckpointError) as error:
+            yield from str(error).splitlines()
     else:
         yield from _missing_folder("--model", config.model.model)
 
@@ -66,23 +67,3 @@ def _missing_folder(flag: str, name: str) -> Iterator[str]:
     may_be_on_the_hub = HUB_ID.fullmatch(name) and path.parts[0] != "runs" and not path.is_file()
     if not path.is_dir() and not may_be_on_the_hub:
         yield f"{flag} {name}: there is no such folder; expected one of a model or a run, or a hub id (owner/name)"
-
-
-def _contradictions(config: Config) -> Iterator[str]:
-    """Of the sizes of a new model, unless a folder gives some."""
-    model, data = config.model, config.data
-    if model.arch is None or not (model.d_model and model.num_layers and model.num_heads):
-        return
-    try:
-        from_scratch(
-            model.arch,
-            vocab_size=data.vocab_size or ASSUMED_VOCAB,
-            d_model=model.d_model,
-            num_layers=model.num_layers,
-            num_heads=model.num_heads,
-            num_kv_heads=model.num_kv_heads,
-            d_ff=model.d_ff,
-            max_seq_len=data.max_seq_len,
-        )
-    except ConfigError as error:
-        yield from error.problems

@@ -21,6 +21,7 @@ from seedbed.errors import ConfigError, DataError
 from seedbed.findings import Finding, sift
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder, num_parameters
+from seedbed.model.shape import ASSUMED_VOCAB, decoder_config
 from seedbed.optim import build_optimizer, load_optimizer_tensors
 from seedbed.parallel import Method, spread
 from seedbed.runs.folder import RECORD_FILES
@@ -39,7 +40,7 @@ from seedbed.train.length import length, make_schedule, steps_per_epoch
 from seedbed.train.plan import look_ahead, require_known_findings
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
-from seedbed.train.scratch import ASSUMED_VOCAB, decoder_config, from_random_weights
+from seedbed.train.scratch import from_random_weights
 from seedbed.train.state import TrainingState
 
 STATE_BYTES = 16  # a weight in float32, its gradient and Adam's moments

@@ -14,6 +14,7 @@ from seedbed.data.overlap import NAME as OVERLAP
 from seedbed.device import describe, keep_memory, pick_device, pick_precision
 from seedbed.findings import Finding, check_allowed
 from seedbed.model.decoder import num_parameters
+from seedbed.model.shape import ASSUMED_VOCAB, decoder_config
 from seedbed.schedule import Schedule
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.continual.memory import known_stages, trained_with
@@ -28,7 +29,7 @@ from seedbed.train.guardrails import NAMES as GUARDRAIL_NAMES
 from seedbed.train.guardrails import Facts, check
 from seedbed.train.length import length, make_schedule, steps_per_epoch
 from seedbed.train.progress import Display
-from seedbed.train.scratch import ASSUMED_VOCAB, decoder_config, read_own_texts
+from seedbed.train.scratch import read_own_texts
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from seedbed import distributed
 from seedbed.checkpoint import require_match
-from seedbed.config import Config, DataOptions, ModelOptions
-from seedbed.errors import ConfigError
-from seedbed.model.config import DecoderConfig, from_scratch
+from seedbed.config import Config
+from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder, num_parameters
-from seedbed.model.families import read_config
+from seedbed.model.shape import ASSUMED_VOCAB, decoder_config
 from seedbed.model.weights import load_decoder
 from seedbed.optim import compiler_beside
 from seedbed.text.template import Template
@@ -23,8 +22,6 @@ from seedbed.train.corpus import Corpus, Texts, make_tokenizer, open_training_te
 from seedbed.train.ingredients import Ingredients, reading_of, require_room, saved_tokenizer
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
-
-ASSUMED_VOCAB = 8000
 
 
 def from_random_weights(start: Start, config: Config, display: Display) -> Ingredients:
@@ -67,44 +64,6 @@ def read_own_texts(config: Config, display: Display, saved: Tokenizer | None, ru
     reading = reading_of(config, texts, tokenizer)
     corpus = tokenize(texts, reading, data, config.training, display)
     return OwnTexts(texts, reading.tokenizer, reading.template, corpus)
-
-
-def decoder_config(model: ModelOptions, data: DataOptions, vocab_size: int) -> DecoderConfig:
-    """The shape of the decoder that the options describe; a folder's `config.json` may stand for them.
-
-    Raises:
-        ConfigError: sizes that contradict each other, or a context above the positions of the folder's model.
-    """
-    if model.arch is None:
-        return _from_folder(model, data, vocab_size)
-    missing = [name for name in ("d_model", "num_layers", "num_heads") if getattr(model, name) is None]
-    if missing:
-        raise ConfigError([f"--{name} is missing and --model {model.model} does not give it" for name in missing])
-    assert model.d_model and model.num_layers and model.num_heads
-    return from_scratch(
-        model.arch,
-        vocab_size=vocab_size,
-        d_model=model.d_model,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        d_ff=model.d_ff,
-        max_seq_len=data.max_seq_len,
-        dropout=model.dropout or 0.0,
-        tie_embeddings=model.tie_embeddings is not False,
-    )
-
-
-def _from_folder(model: ModelOptions, data: DataOptions, vocab_size: int) -> DecoderConfig:
-    shape = read_config(Path(model.model))
-    if data.max_seq_len > shape.max_seq_len:
-        raise ConfigError(
-            f"--max_seq_len {data.max_seq_len} is above the {shape.max_seq_len} positions of {model.model}; lower it"
-        )
-    given = model.model_dump(exclude={"model", "arch"}, exclude_none=True)
-    if "d_model" in given or "num_heads" in given:
-        given["head_dim"] = given.get("d_model", shape.d_model) // given.get("num_heads", shape.num_heads)
-    return replace(shape, vocab_size=vocab_size, **{"dropout": 0.0, **given})
 
 
 def with_shape(config: Config, shape: DecoderConfig) -> Config:

@@ -6,7 +6,7 @@ import pytest
 
 from seedbed.config import FLAGS, Layer, option_names, preset_names, read_config_file, read_preset, resolve
 from seedbed.model.decoder import num_parameters
-from seedbed.train.scratch import decoder_config
+from seedbed.model.shape import decoder_config
 
 
 def test_every_shipped_file_is_named_and_every_name_has_a_file() -> None:
