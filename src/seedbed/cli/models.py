@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from seedbed.cli.options import given, sections
 from seedbed.cli.verb import Verb, refuse_unknown, refuse_without_data
 from seedbed.config import FLAGS, SamplingOptions, read_section
 from seedbed.errors import ConfigError, DataError
+from seedbed.runs.folder import read_summary
 from seedbed.runs.info import is_run, read_run, run_of
 from seedbed.text.template import find_template
 
@@ -270,9 +272,18 @@ def generate(
         click.echo("\n\n".join(f"{text}{between}{c.text}" for text, c in zip(prompts, completions, strict=True)))
         return
     if not chat:
+        _hint_at_chat(model)
         click.echo(prompts[0], nl=False)
     writer.write(questions, shown=True)
     click.echo()
+
+
+def _hint_at_chat(model: str) -> None:
+    """Tell those who let a model continue text that was taught to answer."""
+    run = run_of(Path(model))
+    text = read_summary(run).get("text") if is_run(run) else None
+    if isinstance(text, Mapping) and text.get("conversations"):
+        click.echo("This model was taught to answer: --chat asks it as it was taught", err=True)
 
 
 class _Writer:

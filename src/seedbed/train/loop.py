@@ -369,8 +369,10 @@ class Loop:
             self.recovery.do_without_sample()
             return
         job.run.append("samples.jsonl", {"step": self.state.step, "prompt": prompt.shown, "text": completion.text})
-        answers = not isinstance(prompt.given, str)
-        self.display.sample(self.state.step, completion.text if answers else prompt.shown + completion.text)
+        if isinstance(prompt.given, str):
+            self.display.sample(self.state.step, prompt.shown + completion.text)
+        else:
+            self.display.sample(self.state.step, completion.text, asked=prompt.shown)
 
     def close_epoch(self) -> None:
         """Report the epoch, count towards early stopping, save."""

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from textwrap import shorten
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -13,7 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from seedbed.runs.folder import FINISHED
 from seedbed.train.state import TrainingState
+
+ASKED = 60  # characters of a question that are shown
 
 RULE = "=" * 62
 T = TypeVar("T")
@@ -143,8 +147,10 @@ class Display:
         finally:  # also where nobody asks for the rest
             self._bar.remove_task(task)
 
-    def sample(self, step: int, text: str) -> None:
-        shown = f"Step {step} writes: {' '.join(text.split())}"
+    def sample(self, step: int, text: str, asked: str | None = None) -> None:
+        """What the model wrote, where it was asked something after that."""
+        question = "" if asked is None else f", asked {shorten(asked, ASKED, placeholder=' …')!r},"
+        shown = f"Step {step}{question} writes: {' '.join(text.split())}"
         self.console.print(shown, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     def epoch(self, epoch: int, epochs: int | None, state: TrainingState) -> None:
@@ -189,8 +195,11 @@ class Display:
                 f"(perplexity {summary['best_val_ppl']:.2f}, {summary['bits_per_byte']:.4f} bits per byte)"
             )
             self.line(f"Best checkpoint available at: {run}/checkpoints/best")
-        elif summary["status"] in ("done", "early_stopped"):
+        elif summary["status"] in FINISHED:
             self.line(f"Model available at: {run}/checkpoints/final")
+        if summary["status"] in FINISHED:
+            chat = " --chat" if summary["text"]["conversations"] else ""
+            self.line(f"Try it: seedbed generate --model {run}{chat} --prompt '...'")
         if summary["status"] == "done":
             self.line(against_forecast(summary))
 
