@@ -197,7 +197,7 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenize
         ConfigError: no such folder, or a tokenizer with more tokens than the model.
     """
     folder = find_model(path)
-    _require_intact(folder)
+    require_intact(folder)
     if (folder / ADAPTER_FILE).is_file():
         base = find_base(folder)
         model = _load_base(base)
@@ -238,14 +238,18 @@ def find_base(folder: Path) -> Path:
 
 
 def _load_base(folder: Path) -> Decoder:
-    _require_intact(folder)
+    require_intact(folder)
     model = load_decoder(folder)
     model.base = Base(str(folder), weights_fingerprint(folder))
     return model
 
 
-def _require_intact(folder: Path) -> None:
-    """A folder of ours has every byte checked; another program's has nothing to check against."""
+def require_intact(folder: Path) -> None:
+    """Check every byte of a folder of ours; another program's has nothing to check against.
+
+    Raises:
+        CheckpointError: damaged; names a checkpoint beside it that is whole.
+    """
     if ((folder / MANIFEST).exists() or (folder / STATE).exists()) and (problems := damage(folder)):
         whole = newest_intact(folder.parent)[0] if folder.parent.name == "checkpoints" else None
         instead = f"; {whole} is whole" if whole else ""

@@ -1,4 +1,4 @@
-"""What is made of a GGUF file against transformers reading the same file: ids, weights, logits."""
+"""GGUF files read and written, against transformers reading the same files: ids, weights, logits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ import torch
 import transformers
 
 from seedbed.data.python_docs import python_docs
+from seedbed.export import export_model_as_gguf
+from seedbed.model.decoder import Decoder
 from seedbed.model.gguf import import_gguf, read_gguf
-from seedbed.model.weights import load_decoder
-from seedbed.text.tokenizer import Tokenizer
+from seedbed.model.weights import load_decoder, save_decoder
+from seedbed.text.gguf_tokenizer import tokenizer_from_gguf
+from seedbed.text.tokenizer import Tokenizer, train_bpe, train_char
 from tests.starter import find_gguf
 from tests.unit.model.test_gguf import (
     TEXTS,
@@ -53,17 +56,54 @@ def test_ids_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     compare_tokenizers(tmp_path / "out", reference, real_texts())
 
 
+# transformers overlooks some sizes in a file and takes those of the original models.
+SIZES: dict[str, dict[str, Any]] = {"gpt2": {"d_ff": 128, "max_seq_len": 1024}, "qwen3": {"head_dim": 128}}
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gpt2"])
 def test_logits_are_those_of_transformers(arch: str, tmp_path: Path) -> None:
-    # transformers overlooks some sizes in a file and takes those of the original models.
-    sizes: dict[str, dict[str, Any]] = {"gpt2": {"d_ff": 128, "max_seq_len": 1024}, "qwen3": {"head_dim": 128}}
-    source = make_model(arch, 700, **sizes.get(arch, {}))
+    source = make_model(arch, 700, **SIZES.get(arch, {}))
     metadata = model_metadata(source.config) | byte_level_metadata("gpt-2")
     path = write_gguf(tmp_path / "model.gguf", metadata, gguf_tensors(source, tmp_path / "source"))
     import_gguf(read_gguf(path), tmp_path / "out")
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
     ids = torch.randint(700, (2, 20), generator=torch.Generator().manual_seed(0))
     compare_logits(tmp_path / "out", reference, ids)
+
+
+@pytest.mark.parametrize(
+    ("arch", "tied"),
+    [("llama", True), ("mistral", False), ("qwen2", True), ("qwen3", False), ("gpt2", True), ("gpt2", False)],
+)
+def test_transformers_reads_the_logits_of_an_exported_file(arch: str, tied: bool, tmp_path: Path) -> None:
+    fields = {"family": "mistral"} if arch == "mistral" else SIZES.get(arch, {})
+    source = make_model("llama" if arch == "mistral" else arch, 700, tied, **fields)
+    path = exported(source, tokenizer_from_gguf(byte_level_metadata("gpt-2"), "test"), tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    ids = torch.randint(700, (2, 20), generator=torch.Generator().manual_seed(0))
+    compare_logits(tmp_path / "source", reference, ids)
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2", "sentencepiece", "trained", "characters"])
+def test_transformers_reads_the_ids_of_an_exported_file(name: str, tmp_path: Path) -> None:
+    if name == "trained":
+        arch, tokenizer = "qwen2", train_bpe(real_texts()[:20], 600)
+    elif name == "characters":
+        arch, tokenizer = "llama", train_char(TEXTS)
+    else:
+        arch, metadata = tokenizer_files(name)
+        tokenizer = tokenizer_from_gguf(metadata, "test")
+    path = exported(make_model(arch, tokenizer.vocab_size), tokenizer, tmp_path)
+    reference = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    compare_ids(tokenizer, reference, real_texts()[::4])
+
+
+def exported(model: Decoder, tokenizer: Tokenizer, folder: Path) -> Path:
+    """A GGUF file alone in a folder: transformers would read what lies beside it."""
+    save_decoder(model, folder / "source", bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    tokenizer.save(folder / "source")
+    export_model_as_gguf(folder / "source", folder / "file" / "model.gguf", torch.float32)
+    return folder / "file" / "model.gguf"
 
 
 @pytest.fixture(scope="session")
@@ -111,15 +151,19 @@ def test_the_real_file_has_the_weights_and_logits_of_transformers(starter_gguf: 
 def compare_tokenizers(folder: Path, reference: Any, texts: list[str]) -> None:
     """Ours reading the folder, and transformers reading it, against transformers reading the GGUF."""
     ours, again = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    expected = reference(texts, add_special_tokens=False, split_special_tokens=True).input_ids
-    for text, ids, right in zip(texts, ours.encode_batch(texts), expected, strict=True):
-        assert ids == right, text
+    compare_ids(ours, reference, texts)
     # For model_type qwen2 transformers composes accents first, whatever tokenizer.json says; not from GGUF.
     composed = [text for text in texts if unicodedata.is_normalized("NFC", text)]
     assert again(composed).input_ids == reference(composed).input_ids
-    assert (ours.eos_id, ours.bos_id) == (reference.eos_token_id, reference.bos_token_id)
     for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id", "all_special_ids"):
         assert getattr(again, name) == getattr(reference, name), name
+
+
+def compare_ids(ours: Tokenizer, reference: Any, texts: list[str]) -> None:
+    expected = reference(texts, add_special_tokens=False, split_special_tokens=True).input_ids
+    for text, ids, right in zip(texts, ours.encode_batch(texts), expected, strict=True):
+        assert ids == right, text
+    assert (ours.eos_id, ours.bos_id) == (reference.eos_token_id, reference.bos_token_id)
 
 
 def compare_logits(folder: Path, reference: Any, ids: torch.Tensor) -> None:

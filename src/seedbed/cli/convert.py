@@ -107,40 +107,74 @@ def _import_folder(source: str, output: Path, dtype: str | None, display: Displa
     }
 
 
-@click.command(cls=Verb, epilog="Example: seedbed export --model runs/questions-gpt2-lora --merge --output merged")
+@click.command(
+    cls=Verb, epilog="Example: seedbed export --model runs/questions-gpt2-lora --gguf --output questions.gguf"
+)
 @click.argument("folder", required=False)
-@click.option("--model", metavar="FOLDER", help="An adapter's checkpoint, or a run that trained one.")
+@click.option("--model", metavar="FOLDER", help="A checkpoint, a run, an adapter or a transformers folder.")
 @click.option("--merge", is_flag=True, help="Merge the adapter into its base: a plain model folder.")
-@click.option("--output", required=True, metavar="FOLDER", help="Where to write it; a new or empty folder.")
+@click.option("--gguf", is_flag=True, help="Write a GGUF file, for llama.cpp and its kin; an adapter is merged.")
+@click.option("--output", required=True, metavar="PATH", help="Where to write it; a new folder, or a new .gguf file.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="With --gguf: of the matrices. [float16]")
 @json_option
 @click.pass_context
 def export(
-    ctx: click.Context, /, folder: str | None, model: str | None, merge: bool, output: str, as_json: bool
+    ctx: click.Context,
+    /,
+    folder: str | None,
+    model: str | None,
+    merge: bool,
+    gguf: bool,
+    output: str,
+    dtype: str | None,
+    as_json: bool,
 ) -> None:
-    """Make a model for other programs of what was trained.
+    """Make a model for other programs of what was trained: --merge, or --gguf.
 
-    The merged weights are read back from the disk and must give the adapter's logits, or nothing is written.
+    Merged weights must give the adapter's logits, or nothing is written. A GGUF file has the tokenizer and the
+    chat template in it.
     """
     refuse_unknown(ctx)
-    model = _one_of("--model", model, folder)
-    if not merge:
-        raise ConfigError("export needs to know what to make: --merge (a plain model of an adapter and its base)")
-    from seedbed.export import export_merged
     from seedbed.train.progress import Display
 
-    with Display(make_console(as_json), log_every=1).working(f"Merging {model}"):
-        facts = export_merged(model, Path(output))
+    model = _one_of("--model", model, folder)
+    if merge == gguf:
+        raise ConfigError(
+            "export needs to know what to make: --merge (a plain model of an adapter and its base) or --gguf (a file "
+            "for llama.cpp), one of the two"
+        )
+    if merge and dtype:
+        raise ConfigError(f"--dtype {dtype} goes with --gguf; a merged model is float32, and seedbed import changes it")
+    display = Display(make_console(as_json), log_every=1)
+    facts = _export_gguf(model, Path(output), dtype or "float16", display) if gguf else _merge(model, output, display)
     if as_json:
         print_json(facts)
         return
-    print_facts(
-        {
-            "Saved to": facts["output"],
-            "Base": facts["base"],
-            "Parameters": f"{facts['parameters']:,}",
-            "Logits": f"differ by {facts['max_difference']:.1e} of the largest ({facts['tolerance']:.0e} allowed)",
-        }
-    )
+    made = {
+        "Saved to": facts["output"] + (f" ({facts['dtype']}, {facts['size'] / 1e6:,.1f} MB)" if gguf else ""),
+        "Parameters": f"{facts['parameters']:,}",
+    }
+    if gguf:
+        print_facts(made | {"Family": facts["family"]})
+        return
+    logits = f"differ by {facts['max_difference']:.1e} of the largest ({facts['tolerance']:.0e} allowed)"
+    print_facts(made | {"Base": facts["base"], "Logits": logits})
+
+
+def _merge(model: str, output: str, display: Display) -> dict[str, Any]:
+    from seedbed.export import export_merged
+
+    with display.working(f"Merging {model}"):
+        return export_merged(model, Path(output))
+
+
+def _export_gguf(model: str, output: Path, dtype: str, display: Display) -> dict[str, Any]:
+    import torch
+
+    from seedbed.export import export_model_as_gguf
+
+    with display.counting("Writing") as report:
+        return export_model_as_gguf(model, output, getattr(torch, dtype), report)
 
 
 def _one_of(flag: str, given: str | None, word: str | None) -> str:

@@ -21,57 +21,20 @@ from torch import Tensor
 from seedbed.errors import CheckpointError, ConfigError, MissingExtra
 from seedbed.model.attention import tokens_a_radian
 from seedbed.model.config import DecoderConfig, RopeScaling
-from seedbed.model.decoder import Decoder
-from seedbed.model.families import config_from_hf, config_to_hf, weight_names
+from seedbed.model.families import config_from_hf, config_to_hf
+from seedbed.model.gguf_names import (
+    ARCHITECTURES,
+    GPT2_KEYS,
+    LLAMA_KEYS,
+    LLAMA_OPTIONAL_KEYS,
+    ROPE_FACTORS,
+    StoredWeight,
+    stored_weights,
+)
 from seedbed.model.hub import Progress, new_folder
 from seedbed.model.weights import WEIGHTS_FILE
 from seedbed.text.gguf_tokenizer import tokenizer_from_gguf
 
-ARCHITECTURES: Final = ("gpt2", "llama", "qwen2", "qwen3")
-
-# Keys of the metadata, after the architecture's name, and of config.json.
-_LLAMA_KEYS: Final = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-}
-_LLAMA_OPTIONAL_KEYS: Final = {
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "rope.freq_base": "rope_theta",
-}
-_GPT2_KEYS: Final = {
-    "block_count": "n_layer",
-    "context_length": "n_positions",
-    "embedding_length": "n_embd",
-    "feed_forward_length": "n_inner",
-    "attention.head_count": "n_head",
-    "attention.layer_norm_epsilon": "layer_norm_epsilon",
-}
-
-# The decoder's modules and GGUF's; queries, keys and values of GPT-2 are one tensor there, `attn_qkv`.
-_NAMES: Final = {
-    "embed_tokens": "token_embd",
-    "embed_positions": "position_embd",
-    "final_norm": "output_norm",
-    "lm_head": "output",
-    "attention_norm": "attn_norm",
-    "attention.q_proj": "attn_q",
-    "attention.k_proj": "attn_k",
-    "attention.v_proj": "attn_v",
-    "attention.o_proj": "attn_output",
-    "attention.q_norm": "attn_q_norm",
-    "attention.k_norm": "attn_k_norm",
-    "mlp_norm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-_ROPE_FACTORS: Final = "rope_freqs.weight"
 _LLAMA3_SCALING: Final = RopeScaling(8.0, 1.0, 4.0, original_max_position_embeddings=8192)
 
 _SAFETENSORS_TYPES: Final = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -93,17 +56,6 @@ class Imported:
     config: DecoderConfig
     num_parameters: int  # a tied head is not counted twice
     quantization: dict[str, int]  # number of weights by their type in the file, the most frequent first
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """One tensor of the folder and where it comes from."""
-
-    theirs: str  # Hugging Face's name
-    stored: str  # GGUF's name
-    shape: tuple[int, ...]  # in the file: (out, in) for a matrix
-    transposed: bool  # in the folder: (in, out)
-    num_heads: int | None  # of queries or keys whose rows are interleaved in the file
 
 
 def read_gguf(path: Path) -> GGUFFile:
@@ -156,14 +108,14 @@ def import_gguf(
         StorageError: the disk is full or refuses.
     """
     config = config_from_gguf(file)
-    weights = _plan(config)
+    weights = stored_weights(config)
     _require_weights(file, weights)
     tokenizer = tokenizer_from_gguf(file.metadata, str(file.path))
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{file.path}: {tokenizer.vocab_size} tokens, and embeddings for {config.vocab_size}; download it again"
         )
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_ids}
     with new_folder(output) as folder:
         tokenizer.save(folder)
         _write_json(folder / "config.json", config_to_hf(config, **ids, dtype=str(dtype).removeprefix("torch.")))
@@ -189,7 +141,7 @@ def config_from_gguf(file: GGUFFile) -> DecoderConfig:
             f"{file.path}: general.architecture {arch!r}: supported are {', '.join(ARCHITECTURES)} "
             "(Mistral and SmolLM call themselves llama)"
         )
-    required = _GPT2_KEYS if arch == "gpt2" else _LLAMA_KEYS
+    required = GPT2_KEYS if arch == "gpt2" else LLAMA_KEYS
     missing = [f"{arch}.{key}" for key in required if f"{arch}.{key}" not in file.metadata]
     missing += ["token_embd.weight"] if "token_embd.weight" not in file.tensors else []
     if missing:
@@ -199,7 +151,7 @@ def config_from_gguf(file: GGUFFile) -> DecoderConfig:
         "vocab_size": _shape(file.tensors["token_embd.weight"])[0],
         "tie_word_embeddings": _is_tied(file),
     }
-    for key, theirs in (required if arch == "gpt2" else required | _LLAMA_OPTIONAL_KEYS).items():
+    for key, theirs in (required if arch == "gpt2" else required | LLAMA_OPTIONAL_KEYS).items():
         if (value := file.metadata.get(f"{arch}.{key}")) is not None:
             # A float32 there: 1e-5 is kept as 9.9999997e-06, and its shortest decimal is the author's number.
             raw[theirs] = _shortest(value) if isinstance(value, float) else value
@@ -241,13 +193,13 @@ def _add_llama_keys(raw: dict[str, Any], file: GGUFFile, arch: str) -> list[str]
 
 def _scaled(config: DecoderConfig, file: GGUFFile) -> DecoderConfig:
     """With the scaling of positions that Llama 3's files keep as the divisors it comes to, pair by pair."""
-    tensor = file.tensors.get(_ROPE_FACTORS)
+    tensor = file.tensors.get(ROPE_FACTORS)
     if tensor is None or (tensor.data == 1).all():
         return config
     scaled = replace(config, rope_scaling=replace(_LLAMA3_SCALING, factor=float(tensor.data.max())))
     expected = (tokens_a_radian(scaled) / tokens_a_radian(config)).numpy()
     if expected.shape != tensor.data.shape or not abs(expected / tensor.data - 1).max() <= 1e-3:
-        raise ConfigError(f"{_ROPE_FACTORS}: supported is the scaling of positions of Llama 3.1 and 3.2")
+        raise ConfigError(f"{ROPE_FACTORS}: supported is the scaling of positions of Llama 3.1 and 3.2")
     return scaled
 
 
@@ -259,38 +211,7 @@ def _is_tied(file: GGUFFile) -> bool:
     return bool(head.tensor_type == embedding.tensor_type and (head.data == embedding.data).all())
 
 
-def _plan(config: DecoderConfig) -> list[_Weight]:
-    """Every tensor of the folder, in Hugging Face's order."""
-    with torch.device("meta"):
-        state = Decoder(config).state_dict()
-    interleaved = {"attention.q_proj": config.num_heads, "attention.k_proj": config.num_kv_heads}
-    weights = []
-    for name in weight_names(config):
-        prefix, module = _split(name.ours[0])
-        stored = "attn_qkv" if len(name.ours) > 1 else _NAMES[module]
-        for kind in ("weight", "bias"):
-            parts = [state[key] for ours in name.ours if (key := f"{ours}.{kind}") in state]
-            if parts:
-                shape = (sum(map(len, parts)), *parts[0].shape[1:])
-                heads = interleaved.get(module) if config.family == "llama" else None
-                transposed = name.transposed and len(shape) == 2
-                weights.append(_Weight(f"{name.theirs}.{kind}", f"{prefix}{stored}.{kind}", shape, transposed, heads))
-    return weights
-
-
-def _split(ours: str) -> tuple[str, str]:
-    """GGUF's prefix and the module inside the block.
-
-    >>> _split("blocks.3.mlp.up_proj"), _split("lm_head")
-    (('blk.3.', 'mlp.up_proj'), ('', 'lm_head'))
-    """
-    if not ours.startswith("blocks."):
-        return "", ours
-    _, block, module = ours.split(".", 2)
-    return f"blk.{block}.", module
-
-
-def _require_weights(file: GGUFFile, weights: list[_Weight]) -> None:
+def _require_weights(file: GGUFFile, weights: list[StoredWeight]) -> None:
     """Name every tensor that is missing, surplus or of the wrong shape, and every type that cannot be read."""
     problems = []
     for weight in weights:
@@ -299,7 +220,7 @@ def _require_weights(file: GGUFFile, weights: list[_Weight]) -> None:
             problems.append(f"{weight.stored} is missing")
         elif _shape(tensor) != weight.shape:
             problems.append(f"{weight.stored} has shape {list(_shape(tensor))}, expected {list(weight.shape)}")
-    known = {weight.stored for weight in weights} | {"output.weight", _ROPE_FACTORS}
+    known = {weight.stored for weight in weights} | {"output.weight", ROPE_FACTORS}
     problems += [f"{name} is not a weight of this model" for name in file.tensors if name not in known]
     if problems:
         raise CheckpointError(
@@ -327,7 +248,7 @@ def _can_dequantize(kind: Any) -> bool:
     return True
 
 
-def _read_weight(file: GGUFFile, weight: _Weight, dtype: torch.dtype) -> Tensor:
+def _read_weight(file: GGUFFile, weight: StoredWeight, dtype: torch.dtype) -> Tensor:
     """One tensor as the folder holds it."""
     import numpy as np
     from gguf.quants import dequantize
@@ -359,7 +280,7 @@ def _as_halves(tensor: Tensor, num_heads: int) -> Tensor:
 
 
 def _write_safetensors(
-    path: Path, weights: list[_Weight], tensors: Iterator[Tensor], dtype: torch.dtype, progress: Progress
+    path: Path, weights: list[StoredWeight], tensors: Iterator[Tensor], dtype: torch.dtype, progress: Progress
 ) -> None:
     """A safetensors file tensor by tensor: length of the header, header, data (the library wants them all at once).
 
@@ -369,10 +290,9 @@ def _write_safetensors(
     total = 0
     for weight in weights:
         start, total = total, total + math.prod(weight.shape) * dtype.itemsize
-        shape = weight.shape[::-1] if weight.transposed else weight.shape
         header[weight.theirs] = {
             "dtype": _SAFETENSORS_TYPES[dtype],
-            "shape": list(shape),
+            "shape": list(weight.folder_shape),
             "data_offsets": [start, total],
         }
     text = json.dumps(header).encode()

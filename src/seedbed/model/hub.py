@@ -9,7 +9,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from seedbed.errors import CheckpointError, ConfigError, StorageError
 from seedbed.model.families import read_config
 from seedbed.parsing import parse_json
+from seedbed.runs.folder import flush
 from seedbed.text.hub import HUB_ID, download
 from seedbed.text.tokenizer import TOKENIZER_FILES
 
@@ -145,6 +146,36 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise StorageError(f"{output}: could not be written ({error}); free space, or choose another") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_file(output: Path) -> Iterator[Path]:
+    """A temporary file beside `output` to write; at the end it is on the disk and takes that name, or goes away.
+
+    Raises:
+        ConfigError: `output` is there.
+        StorageError: the disk is full or refuses.
+    """
+    require_new_file(output)
+    temporary = output.absolute().with_name(f".{output.name}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        flush(temporary)
+        temporary.rename(output)
+        flush(temporary.parent)
+    except OSError as error:
+        why = error.strerror or "the disk took a part of it only"  # numpy gives no reason
+        raise StorageError(f"{output}: could not be written ({why}); free space, or choose another") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def require_new_file(output: Path) -> None:
+    """Raise ConfigError when something of this name is there."""
+    if output.exists():
+        raise ConfigError(f"{output} is there already; choose another name")
 
 
 def require_new(output: Path) -> None:

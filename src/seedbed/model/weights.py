@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from seedbed.parsing import parse_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+Reader = Callable[[], Tensor]
+"""Gives one tensor, read when it is asked for."""
 
 
 def load_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -60,7 +65,7 @@ def save_decoder(
     Raises:
         StorageError: the disk is full or refuses.
     """
-    tensors = _to_hf(model.state_dict(), model.config)
+    tensors = tensors_by_name(model)
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     tokens: dict[str, Any] = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     try:
@@ -70,6 +75,33 @@ def save_decoder(
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{folder}: the model could not be written ({error}); free space and save again") from error
+
+
+def tensors_by_name(model: Decoder) -> dict[str, Tensor]:
+    """The weights as a model folder holds them: Hugging Face's names and shapes, a tied head not among them."""
+    tensors: dict[str, Tensor] = {}
+    state = model.state_dict()
+    for name, kind, keys in _pairs(model.config, state):
+        parts = [state[key].detach().cpu() for key in keys]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        tensors[f"{name.theirs}.{kind}"] = _turned(whole, name).contiguous()
+    assert sum(map(Tensor.numel, tensors.values())) == sum(map(Tensor.numel, state.values())), "unnamed weights"
+    return tensors
+
+
+def open_weights(folder: Path, config: DecoderConfig) -> dict[str, Reader]:
+    """The weights of a model folder by Hugging Face's names, none of them read yet; a tied head is not among them.
+
+    Raises:
+        CheckpointError: files missing or damaged, or a tied head that differs from the embedding.
+    """
+    readers = _tensor_readers(folder, config)
+    if config.tie_embeddings and "lm_head.weight" in readers:
+        ends = ("lm_head.weight", "transformer.wte.weight", "model.embed_tokens.weight")
+        if problems := _untie({name: readers[name]() for name in ends if name in readers}):
+            raise CheckpointError(f"{folder}: {'; '.join(problems)}")
+        del readers["lm_head.weight"]
+    return readers
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -91,16 +123,6 @@ def weights_fingerprint(folder: Path) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _to_hf(state: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, kind, keys in _pairs(config, state):
-        parts = [state[key].detach().cpu() for key in keys]
-        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        tensors[f"{name.theirs}.{kind}"] = _turned(whole, name).contiguous()
-    assert sum(map(Tensor.numel, tensors.values())) == sum(map(Tensor.numel, state.values())), "unnamed weights"
-    return tensors
 
 
 def _from_hf(
@@ -158,19 +180,35 @@ def _turned(tensor: Tensor, name: Name) -> Tensor:
 
 def _read_tensors(folder: Path, config: DecoderConfig) -> dict[str, Tensor]:
     """Every tensor of the folder by the name the family gives it today."""
-    tensors: dict[str, Tensor] = {}
+    return {name: read() for name, read in _tensor_readers(folder, config).items()}
+
+
+def _tensor_readers(folder: Path, config: DecoderConfig) -> dict[str, Reader]:
+    readers: dict[str, Reader] = {}
     for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for stored in file.keys():  # noqa: SIM118 (not a mapping)
-                    name = canonical_name(config.family, stored)
-                    if name is not None:
-                        tensors[name] = file.get_tensor(stored)
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder}: {path.name} is missing; copy the folder again") from None
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: damaged ({error}); copy the file again") from error
-    return tensors
+        with _damage_is_told(path):
+            file: Any = safe_open(path, framework="pt")
+            for stored in file.keys():  # noqa: SIM118 (not a mapping)
+                name = canonical_name(config.family, stored)
+                if name is not None:
+                    readers[name] = partial(_read_tensor, path, file, stored)
+    return readers
+
+
+def _read_tensor(path: Path, file: Any, name: str) -> Tensor:
+    with _damage_is_told(path):
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+@contextmanager
+def _damage_is_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: {path.name} is missing; copy the folder again") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); copy the file again") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:

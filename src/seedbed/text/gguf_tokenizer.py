@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from seedbed.errors import CheckpointError, ConfigError, SeedbedError
 from seedbed.text.tokenizer import WORDS, Tokenizer
 
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # values of tokenizer.ggml.token_type; 1 is a plain token
+# Values of tokenizer.ggml.token_type.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"  # how SentencePiece writes a space
 
 # Llama 3's words: those of Qwen2, but digits in groups of up to three.
@@ -35,6 +36,12 @@ PRE_TOKENIZERS: Final[Mapping[str, str | None]] = {
     "qwen2": WORDS,
     "deepseek-r1-qwen": WORDS,
 }
+
+# Names with which a word that is a token stays whole, whatever the merges say.
+WHOLE_WORDS: Final = ("llama-bpe", "llama3", "llama-v3")
+
+# Tokens that end a text beside eos: of a turn, of a message.
+OTHER_ENDS: Final = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
@@ -67,13 +74,15 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     files = {"tokenizer_config.json": _settings(metadata, special)}
     if template := metadata.get("tokenizer.chat_template"):
         files["chat_template.jinja"] = template
-    return Tokenizer(backend, special["eos_token"], special.get("bos_token"), files)
+    ends = (metadata.get(key) for key in OTHER_ENDS)
+    stop_ids = [end for end in ends if isinstance(end, int) and 0 <= end < len(metadata["tokenizer.ggml.tokens"])]
+    return Tokenizer(backend, special["eos_token"], special.get("bos_token"), files, stop_ids)
 
 
 def _build(metadata: Mapping[str, Any], kind: str, source: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """The tokenizer, and its special tokens by the names of transformers."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    types: list[int] = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    types: list[int] = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise CheckpointError(f"{source}: {len(tokens)} tokens and {len(types)} token types; download it again")
     special = _special_tokens(metadata, tokens, source)
@@ -105,7 +114,9 @@ def _byte_level(metadata: Mapping[str, Any], source: str) -> tokenizers.Tokenize
     if name not in PRE_TOKENIZERS:
         raise ConfigError(f"{source}: tokenizer.ggml.pre {name!r}: supported are {', '.join(PRE_TOKENIZERS)}")
     vocab = {token: number for number, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=_stored_merges(metadata)))
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=_stored_merges(metadata), ignore_merges=name in WHOLE_WORDS)
+    )
     words = PRE_TOKENIZERS[name]
     if words is None:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -125,7 +136,7 @@ def _sentencepiece(metadata: Mapping[str, Any], types: list[int]) -> tokenizers.
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     vocab = {token: number for number, token in enumerate(tokens)}
     stored = "tokenizer.ggml.merges" in metadata
-    merges = _stored_merges(metadata) if stored else _merges_by_score(tokens, metadata["tokenizer.ggml.scores"], types)
+    merges = _stored_merges(metadata) if stored else merges_by_score(tokens, metadata["tokenizer.ggml.scores"], types)
     unknown = tokens[types.index(UNKNOWN)] if UNKNOWN in types else None
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
@@ -144,7 +155,7 @@ def _stored_merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(left, right) for left, _, right in pairs]
 
 
-def _merges_by_score(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
+def merges_by_score(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
     """Every way to make a token of two others, the best token first.
 
     SentencePiece merges whichever neighbours make the token of the highest score. Control tokens and bytes
@@ -192,7 +203,9 @@ def _frame(backend: tokenizers.Tokenizer, metadata: Mapping[str, Any], special: 
 
 
 def _is_added(metadata: Mapping[str, Any], name: str) -> bool:
-    default = name == "bos" and metadata["tokenizer.ggml.model"] == "llama"
+    default = name == "bos" and (
+        metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
+    )
     return bool(metadata.get(f"tokenizer.ggml.add_{name}_token", default))
 
 

@@ -352,6 +352,16 @@ class Tokenizer:
         if len(self.stop_ids) > 1 and not generation.exists():  # a model folder has its own
             generation.write_text(json.dumps({"eos_token_id": self.end_ids}) + "\n", encoding="utf-8")
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """What its tokenizer.json says."""
+        content: dict[str, Any] = parse_json(self._backend.to_str())
+        return content
+
+    def setting(self, name: str) -> Any:
+        """What the tokenizer_config.json that it was loaded with says of `name`; None where it is silent."""
+        return self._saved("tokenizer_config.json").get(name)
+
     def _saved(self, name: str) -> dict[str, Any]:
         """One of the settings files that the tokenizer was loaded with; empty when there was none."""
         content: dict[str, Any] = parse_json(self._files.get(name, "{}"))

@@ -222,7 +222,7 @@ FLAGS: dict[str, set[str]] = {
     }
     | SAMPLING,
     "import": {"--output", "--dtype", "--json"},
-    "export": {"--model", "--merge", "--output", "--json"},
+    "export": {"--model", "--merge", "--gguf", "--output", "--dtype", "--json"},
     "verify": {"--json"},
 }
 """Adding a flag is a line here; renaming or removing one breaks somebody's scripts."""
