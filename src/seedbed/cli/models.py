@@ -283,7 +283,7 @@ def _hint_at_chat(model: str) -> None:
     run = run_of(Path(model))
     text = read_summary(run).get("text") if is_run(run) else None
     if isinstance(text, Mapping) and text.get("conversations"):
-        click.echo("This model was taught to answer: --chat asks it as it was taught", err=True)
+        click.echo("This model was taught to answer; --chat asks it that way", err=True)
 
 
 class _Writer:

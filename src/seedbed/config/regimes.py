@@ -113,12 +113,6 @@ def option_names(regime: str) -> list[str]:
 def rate_range(regime: str, trained_at: float | None = None) -> tuple[float, float]:
     """The least and the greatest peak rate of AdamW that usually goes well.
 
-    trained_at: the rate of the run that made the model, where it was made here; it bears that one again.
+    trained_at: the rate of the run that made the model, where it was made here; what continues it takes that one again.
     """
-    kind = REGIMES[regime]
-    low, high = kind.learning_rates
-    if not trained_at or kind.with_lora or regime == "scratch":
-        return low, high
-    if kind.continues:
-        return trained_at / 50, trained_at
-    return min(low, trained_at / 50), max(high, trained_at)
+    return (trained_at / 50, trained_at) if regime == "continue" and trained_at else REGIMES[regime].learning_rates

@@ -84,8 +84,15 @@ def _learning_rate(facts: Facts) -> Iterator[Finding]:
         f"--learning_rate {_short(rate)} is {side} the range for {doing} ({_short(low)} to {_short(high)}); "
         f"{_place(facts, 'learning_rate')}",
         {"learning_rate": rate, "range": [low, high], "regime": facts.config.regime},
-        f"{'Lower' if above else 'Raise'} it, or pass --allow learning_rate to keep it.",
+        f"{'Lower' if above else 'Raise'} it, or pass --allow learning_rate to keep it{_own_rate(facts)}.",
     )
+
+
+def _own_rate(facts: Facts) -> str:
+    """What a small model that was made here may bear, whatever large ones do."""
+    if facts.trained_at is None or facts.config.regime != "finetune":
+        return ""
+    return f" (this model was made with {_short(facts.trained_at)}, and may bear as much again)"
 
 
 def _context(facts: Facts) -> Iterator[Finding]:
