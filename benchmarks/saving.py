@@ -48,7 +48,7 @@ def gigabyte() -> Decoder:
 
 
 def without_digests() -> Any:
-    return mock.patch.object(checkpoint, "_sha256", lambda _path: "0" * 64)
+    return mock.patch.object(checkpoint, "sha256_of", lambda _path: "0" * 64)
 
 
 def measure(folder: Path, repeats: int) -> dict[str, Any]:

@@ -33,13 +33,13 @@ from seedbed import distributed
 from seedbed.adapter import CONFIG_FILE as ADAPTER_FILE
 from seedbed.adapter import base_name, load_adapter, save_adapter
 from seedbed.device import pick_device
+from seedbed.disk import flush, sha256_of
 from seedbed.errors import CheckpointError, ConfigError, StorageError
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Base, Decoder
 from seedbed.model.hub import find_pretrained
 from seedbed.model.weights import load_decoder, save_decoder, weights_fingerprint
 from seedbed.parsing import parse_json
-from seedbed.runs.folder import flush
 from seedbed.text.tokenizer import Tokenizer
 
 STATE = "seedbed/state.json"
@@ -130,7 +130,7 @@ def _damage_of(folder: Path, name: str, size: int, digest: str) -> str | None:
             return f"{name}: missing"
         if path.stat().st_size != size:
             return f"{name}: {path.stat().st_size} bytes instead of {size}"
-        return None if _sha256(path) == digest else f"{name}: its bytes have changed since it was written"
+        return None if sha256_of(path) == digest else f"{name}: its bytes have changed since it was written"
     except OSError as error:  # of the disk, or a name that no file can have
         return f"{name[:LONGEST_NAME]}: cannot be read ({error.strerror})"
 
@@ -428,7 +428,7 @@ def _sealed(
     begun: dict[str, tuple[Future[None], Future[Mapping[str, Any]]]] = {}
 
     def entry(name: str) -> Mapping[str, Any]:
-        return known.get(name) or {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        return known.get(name) or {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
 
     with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(READERS) as readers:
 
@@ -462,11 +462,6 @@ def _commit(temporary: Path, folder: Path) -> None:
         raise
     flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _storage_error(folder: Path, error: Exception, needed: int = 0) -> StorageError:

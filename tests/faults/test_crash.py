@@ -24,9 +24,9 @@ from seedbed.checkpoint import (
     rotate,
     save_checkpoint,
 )
+from seedbed.disk import write_atomically
 from seedbed.errors import SeedbedError
 from seedbed.model.decoder import Decoder
-from seedbed.runs.folder import write_atomically
 from seedbed.text.tokenizer import Tokenizer
 from tests.faults.injection import DIED, FileSystem, forked, many
 
@@ -232,5 +232,7 @@ def test_without_digests_a_flipped_bit_goes_unseen(
     manifest = json.loads((whole / module.MANIFEST).read_text(encoding="utf-8"))
     flip(whole / "model.safetensors", random.Random(0))
     assert is_refused(whole)
-    monkeypatch.setattr(module, "_sha256", lambda path: manifest["files"][path.relative_to(whole).as_posix()]["sha256"])
+    monkeypatch.setattr(
+        module, "sha256_of", lambda path: manifest["files"][path.relative_to(whole).as_posix()]["sha256"]
+    )
     assert not is_refused(whole)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from seedbed import disk
 from seedbed.checkpoint import damage, link_checkpoint, save_checkpoint
 from seedbed.errors import OutOfMemoryError, StorageError
 from seedbed.runs import folder as records
@@ -184,7 +185,7 @@ def test_records_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_run_whose_last_records_are_refused_says_so(
     run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = records.write_atomically
+    real = disk.write_atomically
     refusing = Refusing(real, FULL, range(3, 10_000))
     monkeypatch.setattr(records, "write_atomically", refusing)
     with pytest.raises(StorageError, match="last records"):

@@ -349,7 +349,7 @@ def no_space(*_: Any, **__: Any) -> None:
     [
         pytest.param(weights, "save_file", id="weights"),
         pytest.param(ckpt, "save_file", id="optimizer"),
-        pytest.param(ckpt, "_sha256", id="digest"),
+        pytest.param(ckpt, "sha256_of", id="digest"),
         pytest.param(ckpt, "flush", id="flush"),
         pytest.param(Tokenizer, "save", id="tokenizer"),
     ],
@@ -406,7 +406,7 @@ def test_a_tokenizer_that_cannot_be_written_is_a_storage_error(
 def test_a_link_that_fails_half_way_leaves_the_older_one(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     best = save("best", 1)
     link_checkpoint(best, best.parent / "final", {"step": 1})
-    monkeypatch.setattr(ckpt, "_sha256", no_space)
+    monkeypatch.setattr(ckpt, "sha256_of", no_space)
     with pytest.raises(StorageError):
         link_checkpoint(best, best.parent / "final", {"step": 2})
     assert read_state(best.parent / "final") == {"step": 1}

@@ -17,7 +17,7 @@ import seedbed
 ROOT = Path(seedbed.__file__).parent
 
 LAYERS = [
-    {"errors", "findings", "parsing", "streams"},
+    {"errors", "disk", "findings", "parsing", "streams"},
     {"config"},
     {"runs", "text", "schedule", "lookup"},
     {"sampling", "loss", "optim", "device", "data", "model", "lora", "lowbit", "freeze", "distributed", "parallel"},
@@ -31,7 +31,7 @@ LAYERS = [
 
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
-WITHOUT_TORCH = ("config", "findings", "parsing", "runs", "text", "errors", "schedule", "lookup", "sweep")
+WITHOUT_TORCH = ("config", "disk", "findings", "parsing", "runs", "text", "errors", "schedule", "lookup", "sweep")
 
 
 def modules() -> dict[str, Path]:

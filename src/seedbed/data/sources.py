@@ -22,6 +22,7 @@ from seedbed.data.files import (
 )
 from seedbed.data.named import NAMED, HubRows, load_hub_documents
 from seedbed.data.python_docs import python_docs
+from seedbed.disk import sha256_of
 from seedbed.errors import ConfigError, DataError, TooLittleTextError, did_you_mean
 
 
@@ -239,9 +240,7 @@ def _hash_files(paths: Sequence[Path], text_column: str, document: str, format: 
         suffix = path.suffix.lower()
         kind = "json" if suffix in JSON_SUFFIXES else suffix if suffix in TABLE_SUFFIXES else "text"
         option = "" if format != "text" else document if kind == "text" else text_column
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"\n{kind} {option} {content}".encode())
+        total.update(f"\n{kind} {option} {sha256_of(path)}".encode())
     return total.hexdigest()
 
 

@@ -34,9 +34,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from seedbed.data.conversations import from_document, split_key
 from seedbed.data.sources import Source
+from seedbed.disk import flush, sha256_of
 from seedbed.errors import StorageError
 from seedbed.parsing import parse_json
-from seedbed.runs.folder import flush
 from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer, batches_of_text
 
@@ -196,11 +196,7 @@ def _open(folder: Path, reading: Reading) -> Store | None:
 
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file but store.json, in hexadecimal."""
-    digests = {}
-    for path in sorted(folder.glob("*.bin")):
-        with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {path.name: sha256_of(path) for path in sorted(folder.glob("*.bin"))}
 
 
 def _map(path: Path, dtype: DTypeLike) -> NDArray[Any]:

@@ -14,10 +14,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from seedbed.disk import flush
 from seedbed.errors import CheckpointError, ConfigError, StorageError
 from seedbed.model.families import read_config
 from seedbed.parsing import parse_json
-from seedbed.runs.folder import flush
 from seedbed.text.hub import HUB_ID, download
 from seedbed.text.tokenizer import TOKENIZER_FILES
 

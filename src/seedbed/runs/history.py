@@ -17,9 +17,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from seedbed.config.resolve import DOMAIN_NAME
+from seedbed.disk import flush, write_atomically
 from seedbed.errors import CheckpointError
 from seedbed.parsing import parse_json
-from seedbed.runs.folder import flush, write_atomically
 
 BASE = "base"
 """Name of the stage before any domain: what the model knew."""

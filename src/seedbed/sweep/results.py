@@ -10,9 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
+from seedbed.disk import write_atomically
 from seedbed.errors import MissingExtra
 from seedbed.runs.compare import compare, group_by_seed, spread
-from seedbed.runs.folder import read_summary, write_atomically
+from seedbed.runs.folder import read_summary
 from seedbed.runs.info import RunInfo, is_run
 from seedbed.runs.query import select
 from seedbed.runs.report import write_report

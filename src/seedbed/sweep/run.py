@@ -10,9 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
+from seedbed.disk import write_atomically
 from seedbed.errors import ConfigError, RunInUseError
 from seedbed.runs.columns import status
-from seedbed.runs.folder import being_made, update_summary, write_atomically
+from seedbed.runs.folder import being_made, update_summary
 from seedbed.runs.info import is_run, read_run
 from seedbed.streams import outlasting_readers
 from seedbed.sweep.children import Children, make_slots

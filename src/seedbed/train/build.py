@@ -58,13 +58,7 @@ def build_job(start: Start, display: Display) -> Job:
     precision = pick_precision(start.config.training.precision, device)
     config = settled(start.config, precision)
     method = pick_method(config, device, precision)
-    if distributed.size() == 1 and config.is_given("parallel"):
-        display.line("One process: --parallel has nothing to share; start several with torchrun (docs/distributed.md)")
-    if method == "ddp":  # parts of weights come and go in sizes that never fit again
-        keep_memory()
-    with distributed.weights_in_first_only(method == "fsdp"):
-        made = gatherer(config)(start, config, display)
-    require_same_text(made)
+    made = gather(start, config, method, display)
     config, corpus, training, watching = made.config, made.corpus, made.config.training, made.config.watching
     sample = sample_prompt(made)
 
@@ -115,6 +109,18 @@ def build_job(start: Start, display: Display) -> Job:
             "forecast": expected.to_summary(),
         },
     )
+
+
+def gather(start: Start, config: Config, method: Method, display: Display) -> Ingredients:
+    """The texts, rows and weights of a run, the same texts in all processes."""
+    if distributed.size() == 1 and config.is_given("parallel"):
+        display.line("One process: --parallel has nothing to share; start several with torchrun (docs/distributed.md)")
+    if method == "ddp":  # parts of weights come and go in sizes that never fit again
+        keep_memory()
+    with distributed.weights_in_first_only(method == "fsdp"):
+        made = gatherer(config)(start, config, display)
+    require_same_text(made)
+    return made
 
 
 def require_same_text(made: Ingredients) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from seedbed.disk import write_atomically
 from seedbed.errors import RunInUseError, StorageError
-from seedbed.runs.folder import RunFolder, read_records, read_summary, write_atomically
+from seedbed.runs.folder import RunFolder, read_records, read_summary
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from seedbed.disk import write_atomically
 from seedbed.errors import ConfigError, StorageError
-from seedbed.runs.folder import write_atomically
 from seedbed.runs.info import RunInfo, read_run
 
 HERE = Path(__file__).parent

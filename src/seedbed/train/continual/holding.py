@@ -35,7 +35,7 @@ WRITTEN_AT_ONCE = 32
 FISHER_TOKENS = 8192  # of each domain
 
 
-def reading_of(stage_format: str, made: Prepared) -> Reading:
+def reading_of_stored(stage_format: str, made: Prepared) -> Reading:
     """How stored documents of a format are read by the model as it is now."""
     if stage_format == "text":
         return Reading(made.tokenizer)
@@ -58,7 +58,7 @@ def rows_with_replay(
     targets = replay_targets(new.num_targets, replay / (1 - self_replay), len(stored)) if stored else []
     parts = [new]
     for stage, num_targets in zip(stored, targets, strict=True):
-        reading = reading_of(stage.format, made)
+        reading = reading_of_stored(stage.format, made)
         documents = memory.reserve(stage.domain)
         store = store_documents(documents, stage.format, reading, f"the reserve of {stage.domain}", display)
         if num_targets:

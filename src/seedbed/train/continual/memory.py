@@ -9,7 +9,6 @@ RUN/history/, which every checkpoint of the run carries as its `seedbed/`:
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +26,7 @@ from seedbed.data.conversations import from_document
 from seedbed.data.overlap import NAME as OVERLAP
 from seedbed.data.overlap import require_no_overlap
 from seedbed.data.store import digest
+from seedbed.disk import sha256_of
 from seedbed.errors import CheckpointError, ConfigError, DataError, SeedbedError
 from seedbed.model.hub import copy_pretrained, new_folder
 from seedbed.model.weights import weights_fingerprint
@@ -246,8 +246,7 @@ def model_fingerprint(folder: Path) -> str:
     if (folder / "config.json").is_file():
         return weights_fingerprint(folder)
     try:
-        with (folder / ADAPTER_WEIGHTS).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(folder / ADAPTER_WEIGHTS)
     except OSError as error:
         raise CheckpointError(f"{folder}: {ADAPTER_WEIGHTS} cannot be read ({error.strerror})") from None
 

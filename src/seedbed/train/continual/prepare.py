@@ -21,7 +21,7 @@ from seedbed.device import pick_device
 from seedbed.model.decoder import Decoder
 from seedbed.runs.history import BASE
 from seedbed.train.continual.conclude import Conclusion
-from seedbed.train.continual.holding import make_anchors, reading_of, rows_with_replay
+from seedbed.train.continual.holding import make_anchors, reading_of_stored, rows_with_replay
 from seedbed.train.continual.memory import FISHER_FILE, SELF_REPLAY_FILE, Memory, begin_memory, recall, refuse_overlap
 from seedbed.train.continual.methods import choose_methods, inherit_learning_rate
 from seedbed.train.corpus import store_documents, validation_rows
@@ -126,7 +126,7 @@ def _held_out_texts(memory: Memory, made: Prepared, display: Display) -> dict[st
     texts = {}
     for stage in memory.history.stages:
         if documents := memory.held_out(stage.domain):
-            reading = reading_of(stage.format, made)
+            reading = reading_of_stored(stage.format, made)
             store = store_documents(documents, stage.format, reading, f"held-out {stage.domain}", display)
             texts[stage.domain] = validation_rows(store, made.config.data, made.config.training.seed)
     return texts
