@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from seedbed.runs.folder import read_summary
+
 
 def heed_hangups() -> None:
     """Also where the suite itself runs under nohup."""
@@ -109,8 +111,8 @@ def test_a_job_that_is_told_twice_saves(training: Training) -> None:
     training.process.send_signal(signal.SIGTERM)
     time.sleep(0.02)
     training.process.send_signal(signal.SIGTERM)
-    code, out, _ = training.end()
-    assert (code, json.loads(out)["status"]) == (143, "interrupted")
+    assert training.end()[0] == 143
+    assert read_summary(training.output)["status"] == "interrupted"
 
 
 def test_a_run_folder_has_one_writer(training: Training, begin: Begin) -> None:

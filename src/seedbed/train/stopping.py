@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -16,7 +17,14 @@ ECHO = 5.0
 """Seconds after the first signal in which SIGTERM and SIGHUP say nothing new: whoever ends a job sends it to all of its
 processes, torchrun passes on what it was sent, and systemd sends both."""
 
+_asked_at = -math.inf
+"""When a run was last asked to stop."""
+
 SAVING = "saving after this step; once more leaves at once without saving"
+
+
+def _is_echo(number: int) -> bool:
+    return number != signal.SIGINT and time.monotonic() - _asked_at < ECHO
 
 
 @dataclass
@@ -46,15 +54,14 @@ class StopRequest:
 def listen_for_signals(agree: Callable[[int], int] = int) -> Iterator[StopRequest]:
     """Turn SIGINT, SIGTERM and SIGHUP into a `StopRequest`; a second one leaves at once."""
     request = StopRequest(agree=agree)
-    first = 0.0
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        nonlocal first
+        global _asked_at
         if request.received:
-            if number != signal.SIGINT and time.monotonic() - first < ECHO:
+            if _is_echo(number):
                 return
             raise KeyboardInterrupt
-        request.received, first = number, time.monotonic()
+        request.received, _asked_at = number, time.monotonic()
         # Not print: the signal may have come in the middle of one, and a stream is not entered twice.
         with contextlib.suppress(OSError):  # nobody is there to read it
             os.write(2, f"\n{signal.Signals(number).name}: {SAVING}\n".encode())
@@ -72,6 +79,8 @@ def leave_on_signals() -> Iterator[None]:
     """
 
     def leave(number: int, _frame: FrameType | None) -> None:
+        if _is_echo(number):  # it came during training, which was saved
+            return
         raise SystemExit(128 + number)
 
     with _handled_by(leave, "SIGTERM", "SIGHUP"):
