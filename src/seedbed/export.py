@@ -16,7 +16,8 @@ from seedbed.lora import merge_adapter
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder, num_parameters
 from seedbed.model.families import read_config
-from seedbed.model.gguf_export import export_gguf, require_gguf
+from seedbed.model.gguf_export import export_gguf
+from seedbed.model.gguf_names import require_gguf
 from seedbed.model.hub import Progress, new_folder, require_new, require_new_file
 from seedbed.model.weights import Reader, load_decoder, open_weights, save_decoder, tensors_by_name
 from seedbed.text.tokenizer import Tokenizer

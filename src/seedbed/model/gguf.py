@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from seedbed.errors import CheckpointError, ConfigError, MissingExtra
+from seedbed.errors import CheckpointError, ConfigError
 from seedbed.model.attention import tokens_a_radian
 from seedbed.model.config import DecoderConfig, RopeScaling
 from seedbed.model.families import config_from_hf, config_to_hf
@@ -29,6 +29,8 @@ from seedbed.model.gguf_names import (
     LLAMA_OPTIONAL_KEYS,
     ROPE_FACTORS,
     StoredWeight,
+    as_type,
+    require_gguf,
     stored_weights,
 )
 from seedbed.model.hub import Progress, new_folder
@@ -66,10 +68,9 @@ def read_gguf(path: Path) -> GGUFFile:
         ConfigError: there is no such file, or it is one of several parts, or big-endian.
         CheckpointError: damaged, cut short, or no GGUF.
     """
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise MissingExtra("GGUF files", "gguf") from None
+    require_gguf()
+    from gguf import GGUFReader
+
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file; expected a GGUF file")
     try:
@@ -260,14 +261,7 @@ def _read_weight(file: GGUFFile, weight: StoredWeight, dtype: torch.dtype) -> Te
         tensor = _as_halves(tensor, weight.num_heads)
     if weight.transposed:
         tensor = tensor.T  # (in, out)
-    tensor = tensor.to(dtype).contiguous()
-    if not tensor.isfinite().all():
-        name = str(dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"{file.path}: {weight.stored} holds numbers that {name} cannot; "
-            + ("take --dtype bfloat16" if dtype == torch.float16 else "download it again")
-        )
-    return tensor
+    return as_type(tensor, dtype, f"{file.path}: {weight.stored}", "download it again")
 
 
 def _as_halves(tensor: Tensor, num_heads: int) -> Tensor:

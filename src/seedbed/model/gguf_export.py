@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from seedbed.errors import CheckpointError, ConfigError, MissingExtra
+from seedbed.errors import CheckpointError, ConfigError
 from seedbed.model.attention import tokens_a_radian
 from seedbed.model.config import DecoderConfig
 from seedbed.model.families import config_to_hf
@@ -26,6 +26,8 @@ from seedbed.model.gguf_names import (
     LLAMA_OPTIONAL_KEYS,
     ROPE_FACTORS,
     StoredWeight,
+    as_type,
+    require_gguf,
     stored_weights,
 )
 from seedbed.model.hub import Progress, new_file
@@ -37,14 +39,6 @@ from seedbed.text.tokenizer import Tokenizer
 _FILE_TYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 _TYPES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _QUANTIZATION_VERSION: Final = 2
-
-
-def require_gguf() -> None:
-    """Raise MissingExtra without the package `gguf`."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise MissingExtra("GGUF files", "gguf") from None
 
 
 def export_gguf(
@@ -177,14 +171,7 @@ def _turned(tensor: Tensor, weight: StoredWeight, dtype: torch.dtype) -> Tensor:
         tensor = tensor.T  # (out, in)
     if weight.num_heads is not None:
         tensor = _as_pairs(tensor, weight.num_heads)
-    tensor = tensor.to(dtype).contiguous()
-    if not tensor.isfinite().all():
-        name = str(dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"{weight.theirs} holds numbers that {name} cannot; "
-            + ("take --dtype bfloat16" if dtype == torch.float16 else "take an earlier checkpoint")
-        )
-    return tensor
+    return as_type(tensor, dtype, weight.theirs, "take an earlier checkpoint")
 
 
 def _as_pairs(tensor: Tensor, num_heads: int) -> Tensor:

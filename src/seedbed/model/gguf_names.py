@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from torch import Tensor
 
+from seedbed.errors import CheckpointError, MissingExtra
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder
 from seedbed.model.families import weight_names
@@ -108,3 +110,24 @@ def _split(ours: str) -> tuple[str, str]:
         return "", ours
     _, block, module = ours.split(".", 2)
     return f"blk.{block}.", module
+
+
+def require_gguf() -> None:
+    """Raise MissingExtra without the package `gguf`."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise MissingExtra("GGUF files", "gguf") from None
+
+
+def as_type(tensor: Tensor, dtype: torch.dtype, what: str, otherwise: str) -> Tensor:
+    """The tensor in a type that has to hold all its numbers.
+
+    Raises:
+        CheckpointError: it cannot; `what` names the tensor, and `otherwise` is the remedy where no wider type helps.
+    """
+    tensor = tensor.to(dtype).contiguous()
+    if not tensor.isfinite().all():
+        remedy = "take --dtype bfloat16" if dtype == torch.float16 else otherwise
+        raise CheckpointError(f"{what} holds numbers that {str(dtype).removeprefix('torch.')} cannot; {remedy}")
+    return tensor

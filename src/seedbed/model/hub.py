@@ -9,12 +9,12 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seedbed.disk import flush
+from seedbed.disk import replacing
 from seedbed.errors import CheckpointError, ConfigError, StorageError
 from seedbed.model.families import read_config
 from seedbed.parsing import parse_json
@@ -157,19 +157,13 @@ def new_file(output: Path) -> Iterator[Path]:
         StorageError: the disk is full or refuses.
     """
     require_new_file(output)
-    temporary = output.absolute().with_name(f".{output.name}.tmp")
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        flush(temporary)
-        temporary.rename(output)
-        flush(temporary.parent)
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with replacing(output.absolute()) as temporary:
+            yield temporary
     except OSError as error:
         why = error.strerror or "the disk took a part of it only"  # numpy gives no reason
         raise StorageError(f"{output}: could not be written ({why}); free space, or choose another") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def require_new_file(output: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from seedbed.config.resolve import DOMAIN_NAME
-from seedbed.disk import flush, write_atomically
+from seedbed.disk import replacing, write_atomically
 from seedbed.errors import CheckpointError
 from seedbed.parsing import parse_json
 
@@ -193,17 +193,11 @@ def read_documents(path: Path) -> Iterator[str]:
 def write_documents(path: Path, documents: Iterable[str]) -> int:
     """Replace the file at `path` by one with these documents; returns the bytes of their text as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     num_bytes = 0
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-            for document in documents:
-                num_bytes += len(document.encode())
-                stream.write(json.dumps(document, ensure_ascii=False) + "\n")
-        flush(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
+        for document in documents:
+            num_bytes += len(document.encode())
+            stream.write(json.dumps(document, ensure_ascii=False) + "\n")
     return num_bytes
 
 

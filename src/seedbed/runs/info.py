@@ -78,7 +78,7 @@ def read_run(path: str | Path) -> RunInfo:
         regime=str(content.pop("regime", "scratch")),
         options=content,
         sources=sources if isinstance(sources, dict) else {},
-        summary=UNREADABLE if has_damaged_summary(run) else read_summary(run),
+        summary=read_summary(run) or (UNREADABLE if has_damaged_summary(run) else {}),
     )
 
 

@@ -320,7 +320,7 @@ def changes(plan: Plan, folder: Path) -> list[str]:
         f"{name}: --{flag} was {old[name].get(flag, 'not set')} when the run began and the file now says "
         f"{run.flags.get(flag, 'nothing of it')}; give the run another name, or choose another --output"
         for name, run in plan.runs.items()
-        if name in old and (folder / name / "config.yaml").is_file()
+        if name in old and is_run(folder / name)
         for flag in dict.fromkeys([*old[name], *run.flags])
         if flag not in FREE_TO_CHANGE and old[name].get(flag) != run.flags.get(flag)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from seedbed.config import TRAINED_HERE, Config
@@ -138,6 +139,8 @@ def require_known_findings(config: Config) -> None:
 
 def _peak_of(model: str) -> float | None:
     """The learning rate that a model was made with, where it was made here."""
+    if not Path(model).is_dir():  # the hub's
+        return None
     rate = trained_with(base_folder(model)).get("learning_rate")
     return rate if isinstance(rate, float) else None
 

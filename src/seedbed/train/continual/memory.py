@@ -155,7 +155,7 @@ def forget(run: Path) -> None:
 
 def recall(run: Path, config: Config) -> Memory | None:
     """The memory of a run that goes on; None when it had not yet got that far."""
-    history = read_history_file(run / "history" / FILE) if (run / "config.yaml").is_file() else None
+    history = read_history_file(run / "history" / FILE) if info.is_run(run) else None
     if history is None:
         return None
     _, origin = known_stages(base_folder(config.model.model), config.keeping.rollback_to)
