@@ -143,29 +143,52 @@ _Losses = Iterator[tuple[_Chunk, Tensor]]  # chunks, whose logits are their grad
 def _cross_entropies(chunks: Iterator[_Chunk], sums: torch.dtype, *, gradient: bool) -> _Losses:
     """The gradient by the logits is softmax less the label."""
     for chunk in chunks:
-        nats = []
-        for rows in _blocks(chunk):
-            logits, label = chunk.logits[rows], chunk.labels[rows]
-            x = logits.to(sums)  # (m, V)
-            of_label, top = x.gather(1, label), x.amax(1, keepdim=True)  # (m, 1)
-            z = x.sub_(top).exp_().sum(1, keepdim=True)  # (m, 1)
-            nats.append((z.log() + top - of_label).squeeze(1))
-            if gradient:
-                p = x.div_(z)
-                logits.copy_(p.scatter_add_(1, label, p.new_tensor(-1.0).expand(label.shape)))
+        nats = [
+            _cross_entropy(chunk.logits[rows], chunk.labels[rows], sums, gradient=gradient) for rows in _blocks(chunk)
+        ]
         yield chunk, torch.cat(nats)
+
+
+def _cross_entropy(logits: Tensor, label: Tensor, sums: torch.dtype, *, gradient: bool) -> Tensor:
+    """(m, V) and (m, 1) to nats (m,); with `gradient`, that is written over the logits."""
+    reads_are_cheap = logits.device.type == "cpu" or logits.dtype == sums
+    return (_in_cache if reads_are_cheap else _in_few_reads)(logits, label, sums, gradient=gradient)
+
+
+def _in_cache(logits: Tensor, label: Tensor, sums: torch.dtype, *, gradient: bool) -> Tensor:
+    """In many passes over memory that stays in the cache, or that need no more of it."""
+    x = logits.to(sums)  # (m, V)
+    of_label, top = x.gather(1, label), x.amax(1, keepdim=True)  # (m, 1)
+    z = x.sub_(top).exp_().sum(1, keepdim=True)  # (m, 1)
+    if gradient:
+        p = x.div_(z)
+        logits.copy_(p.scatter_add_(1, label, p.new_tensor(-1.0).expand(label.shape)))
+    return (z.log() + top - of_label).squeeze(1)
+
+
+def _in_few_reads(logits: Tensor, label: Tensor, sums: torch.dtype, *, gradient: bool) -> Tensor:
+    """In two kernels of a GPU, whose arithmetic waits for its memory: a third of the bytes."""
+    log_p = logits.log_softmax(1, dtype=sums)  # (m, V)
+    of_label = log_p.gather(1, label)  # (m, 1)
+    if gradient:
+        torch.exp(log_p, out=logits).scatter_(1, label, of_label.expm1().to(logits.dtype))
+    return -of_label.squeeze(1)
 
 
 def _divergences(new: Iterator[_Chunk], old: Iterator[_Chunk], sums: torch.dtype) -> _Losses:
     """The gradient by the new logits is new less old probabilities."""
     for chunk, old_chunk in zip(new, old, strict=True):
-        nats = []
-        for rows in _blocks(chunk):
-            log_new, log_old = (logits[rows].to(sums).log_softmax(1) for logits in (chunk.logits, old_chunk.logits))
-            p_old = log_old.exp()  # (m, V)
-            nats.append(log_old.sub_(log_new).mul_(p_old).sum(1))
-            chunk.logits[rows] = log_new.exp_().sub_(p_old)
+        nats = [_divergence(chunk.logits[rows], old_chunk.logits[rows], sums) for rows in _blocks(chunk)]
         yield chunk, torch.cat(nats)
+
+
+def _divergence(logits: Tensor, old_logits: Tensor, sums: torch.dtype) -> Tensor:
+    """(m, V) twice to nats (m,); the gradient is written over the new logits."""
+    log_new, log_old = (x.to(sums).log_softmax(1) for x in (logits, old_logits))
+    p_old = log_old.exp()  # (m, V)
+    nats = log_old.sub_(log_new).mul_(p_old).sum(1)
+    logits.copy_(log_new.exp_().sub_(p_old))
+    return nats
 
 
 def _chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[_Chunk]:

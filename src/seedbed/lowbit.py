@@ -41,25 +41,24 @@ def import_bitsandbytes(feature: str) -> Any:
             raise MissingExtra(feature, "lowbit") from None
 
 
-def quantize_frozen(model: Decoder) -> None:
-    """Pack the frozen linear weights of the blocks into NF4, in place; biases, norms and embeddings stay.
+def quantize_frozen(model: Decoder, device: torch.device) -> None:
+    """Pack the frozen linear weights of the blocks into NF4, on `device`; biases, norms and embeddings stay.
 
-    The model must be on its device. The weights of the blocks then take 4.13 bits each instead of 32; products
-    with them unpack one layer at a time, and so does their way back.
+    They are moved there one at a time, so that it never holds them all in 32 bits; then they take 4.13 bits each.
+    Products with them unpack one layer at a time, and so does their way back.
 
     Raises:
         MissingExtra: bitsandbytes is not installed.
         ConfigError: a device without kernels.
     """
-    device = model.embed_tokens.weight.device.type
-    if device not in DEVICES:
-        raise ConfigError(f"--base_precision nf4: there are no kernels for {device}; choose auto, or --device cpu")
+    if device.type not in DEVICES:
+        raise ConfigError(f"--base_precision nf4: there are no kernels for {device.type}; choose auto, or --device cpu")
     bitsandbytes = import_bitsandbytes("4-bit weights")
     for layer in model.blocks.modules():
         if not isinstance(layer, nn.Linear) or layer.weight.requires_grad or layer.weight.numel() < _MIN_WEIGHTS:
             continue
         packed = bitsandbytes.functional.quantize_4bit(
-            layer.weight.detach(), blocksize=64, compress_statistics=True, quant_type="nf4"
+            layer.weight.detach().to(device), blocksize=64, compress_statistics=True, quant_type="nf4"
         )
         layer.weight = nn.Parameter(NF4Weight(*packed), requires_grad=False)
 

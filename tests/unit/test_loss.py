@@ -100,6 +100,19 @@ def test_under_autocast_only_the_products_are_rounded(dtype: torch.dtype) -> Non
         assert (g - e).norm() < 0.01 * e.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_both_ways_through_the_logits_are_one(dtype: torch.dtype, gradient: bool) -> None:
+    logits = (20 * torch.randn(N, V, generator=torch.Generator().manual_seed(0))).to(dtype)
+    label = logits.argmax(1, keepdim=True)
+    label[::2] = 3
+    expected, found = logits.clone(), logits.clone()
+    nats = module._in_cache(expected, label, torch.float32, gradient=gradient)
+    assert torch.allclose(module._in_few_reads(found, label, torch.float32, gradient=gradient), nats, atol=1e-5)
+    assert torch.allclose(found.float(), expected.float(), atol=1e-6, rtol=torch.finfo(dtype).eps)
+    assert torch.equal(found, logits) != gradient
+
+
 def test_half_precision_weights_get_gradients_of_their_own_type() -> None:
     hidden, weight, labels = (t.detach() for t in problem())
     hidden, weight = (t.bfloat16().requires_grad_() for t in (hidden, weight))

@@ -16,6 +16,8 @@ from seedbed.lowbit import NF4Weight, quantize_frozen
 from seedbed.model.config import from_scratch
 from seedbed.model.decoder import Adapter, Decoder
 
+CPU = torch.device("cpu")
+
 
 def make_model(arch: str = "llama") -> Decoder:
     torch.manual_seed(0)
@@ -38,7 +40,7 @@ def packed_layer(arch: str = "llama") -> tuple[nn.Linear, Tensor]:
     layer = model.get_submodule("blocks.0.mlp.up_proj")
     assert isinstance(layer, nn.Linear)
     weight = layer.weight.detach().clone()
-    quantize_frozen(model)
+    quantize_frozen(model, CPU)
     return layer, weight
 
 
@@ -90,7 +92,7 @@ def test_under_autocast_products_are_bfloat16() -> None:
 def test_only_frozen_matrices_of_the_blocks_are_packed() -> None:
     model = make_model("gpt2").requires_grad_(False)
     model.blocks[1].requires_grad_(True)
-    quantize_frozen(model)
+    quantize_frozen(model, CPU)
     layers = [f"attention.{n}_proj" for n in "qkvo"] + ["mlp.up_proj", "mlp.down_proj"]
     assert set(nf4(model)) == {f"blocks.0.{layer}.weight" for layer in layers}
 
@@ -98,7 +100,7 @@ def test_only_frozen_matrices_of_the_blocks_are_packed() -> None:
 def test_weights_take_a_seventh_of_the_memory() -> None:
     model = make_model().requires_grad_(False)
     plain = sum(p.nbytes for name, p in model.named_parameters() if name.endswith("_proj.weight"))
-    quantize_frozen(model)
+    quantize_frozen(model, CPU)
     weights = nf4(model).values()
     assert 7.5 < plain / sum(weight.packed_bytes() for weight in weights) < 8
     assert sum(weight.numel() * 4 for weight in weights) == plain
@@ -123,7 +125,7 @@ def test_no_unpacked_weight_waits_for_the_backward_pass() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_lora_trains_beside_packed_weights(dora: bool, autocast: bool) -> None:
     model = adapted(dora=dora)
-    quantize_frozen(model)
+    quantize_frozen(model, CPU)
     assert len(nf4(model)) == 14
     before = {name: weight.unpack() for name, weight in nf4(model).items()}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -160,13 +162,13 @@ def test_a_device_without_kernels_is_refused() -> None:
     with torch.device("meta"):
         model = make_model().requires_grad_(False)
     with pytest.raises(ConfigError, match="--base_precision nf4: there are no kernels for meta"):
-        quantize_frozen(model)
+        quantize_frozen(model, torch.device("meta"))
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingExtra, match=r"4-bit weights need the extra 'lowbit': pip install 'seedbed\[lowbit\]'"):
-        quantize_frozen(make_model().requires_grad_(False))
+        quantize_frozen(make_model().requires_grad_(False), CPU)
 
 
 def test_the_library_is_imported_quietly_and_fetches_nothing(tmp_path: Path) -> None:

@@ -62,8 +62,10 @@ def build_job(start: Start, display: Display) -> Job:
     config, corpus, training, watching = made.config, made.corpus, made.config.training, made.config.watching
     sample = sample_prompt(made)
 
-    model = made.model if method == "fsdp" else made.model.to(device)
+    model = made.model
     make_ready(model, config, device)
+    if method != "fsdp":
+        model.to(device)
     shared = spread(model, method, device, precision)
     optimizer = build_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -175,10 +177,10 @@ def pick_method(config: Config, device: torch.device, precision: Precision) -> M
 
 
 def make_ready(model: Decoder, config: Config, device: torch.device) -> None:
-    """Put on the model, where it will be trained, what the options ask of it."""
+    """Put on the model what the options ask of it, before it is on its device: frozen weights are smaller then."""
     training = config.training
     if config.with_lora:
-        hold_frozen(model, config)
+        hold_frozen(model, config, device)
     model.gradient_checkpointing = training.gradient_checkpointing
     if training.neftune_alpha:
         add_embedding_noise(model, training.neftune_alpha)

@@ -192,15 +192,15 @@ def _fit(model: Decoder, made: Prepared) -> None:
         set_dropout(model, made.config.model.dropout)
 
 
-def hold_frozen(model: Decoder, config: Config) -> None:
-    """Keep the frozen matrices of the blocks, on their device, in the type they are multiplied in, or in 4 bits."""
+def hold_frozen(model: Decoder, config: Config, device: torch.device) -> None:
+    """Keep the frozen matrices of the blocks in the type they are multiplied in; or in 4 bits, then on `device`."""
     kind = config.adapt.base_precision
     if kind == "auto":
         kind = "bf16" if config.training.precision == "bf16" else "fp32"
     if kind == "nf4":
         from seedbed.lowbit import quantize_frozen
 
-        quantize_frozen(model)
+        quantize_frozen(model, device)
     elif kind == "bf16":
         if config.training.precision != "bf16":
             raise ConfigError(

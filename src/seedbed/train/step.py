@@ -60,15 +60,15 @@ def take_step(job: Job, budget_used: float) -> StepResult:
     batches = job.micro_batches(job.state.step)
     data_seconds = time.perf_counter() - began
     tokens = int(distributed.total(sum(int((batch.labels != NO_TARGET).sum()) for batch in batches)))
-    own_sum = 0.0
+    own_nats = []
     for number, batch in enumerate(batches):
         torch.manual_seed(dropout_seed(job.training.seed, job.state.step, number, distributed.rank()))
         job.spread.add_up(number == len(batches) - 1)
         nats, objective = batch_objective(job, batch.to(job.device, non_blocking=True))
         mean = objective * distributed.size() / tokens  # of which the processes' mean is the gradient
         job.scaler.scale(mean).backward()  # type: ignore[no-untyped-call]
-        own_sum += float(nats.detach())
-    loss_sum = distributed.total(own_sum)
+        own_nats.append(nats.detach())
+    loss_sum = distributed.total(sum(map(float, own_nats)))  # not read before, as a GPU's work would be waited for
     learning_rate = job.schedule.at(job.state.step + 1, budget_used) * job.state.learning_rate_factor
     set_learning_rate(job.optimizer, learning_rate)
     job.scaler.unscale_(job.optimizer)

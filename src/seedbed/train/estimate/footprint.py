@@ -64,6 +64,8 @@ class Footprint:
     """Weights in float32 and the files that they are read from."""
     saving: float
     """A copy of the weights, in the order of the file."""
+    writing: float
+    """A copy of the weights laid out to write samples, in the type of the products."""
     beside: float = 0.0
     """What is copied to be written beside training."""
     unused: float = 0.0
@@ -88,7 +90,8 @@ class Footprint:
         step = self.weights + self.optimizer + moving
         saving = self.saving + self.beside
         training = step + saving if self.beside else step
-        return self.program + max(training, self.loading, self.weights + self.optimizer + saving)
+        between = self.weights + self.optimizer + max(saving, self.writing)
+        return self.program + max(training, self.loading, between)
 
     def shared(self, processes: int, block: float, ends: float) -> Footprint:
         """That of one of several processes which share the model: its part, and what it puts together to use it.
@@ -105,6 +108,7 @@ class Footprint:
             optimizer=self.optimizer / processes,
             cache=0.0,
             saving=self.saving + self.weights,  # in the first process
+            writing=0.0,
         )
 
     def parts_mb(self, rows: int) -> dict[str, float]:

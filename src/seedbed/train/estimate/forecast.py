@@ -16,13 +16,13 @@ import torch
 
 from seedbed import distributed
 from seedbed.config import Config
-from seedbed.device import empty_cache, peak_memory_mb, pick_device, pick_precision
+from seedbed.device import Precision, empty_cache, peak_memory_mb, pick_device, pick_precision
 from seedbed.errors import OutOfMemoryError
 from seedbed.findings import Finding
 from seedbed.lora import num_trainable
 from seedbed.loss import chunk_tokens
 from seedbed.model.config import DecoderConfig
-from seedbed.model.decoder import Decoder
+from seedbed.model.decoder import Decoder, num_parameters
 from seedbed.optim import optimizer_tensors
 from seedbed.parallel import is_sharded, own_part
 from seedbed.train.estimate.footprint import CODE_BYTES, MIB, SCATTERED, UNUSED, Footprint, free_bytes, resident_bytes
@@ -217,7 +217,7 @@ def forecast(run: Workload, seconds: float = 3.0) -> Forecast:
     empty_cache(device)  # what torch keeps of it is free too
     program = resident_bytes() - run.loaded_bytes + CODE_BYTES if on_cpu else 0.0
     pace = Pace(run, model, costs, look)
-    whole = _footprint(run, model, costs, device, look, program)
+    whole = _footprint(run, model, costs, device, precision, look, program)
     block = max(cost.weight_bytes for cost in costs.blocks)
     narrow = 1 if precision == "fp32" else 2
     shared = whole.shared(run.processes, block / narrow, float(costs.ends.weight_bytes))
@@ -281,7 +281,13 @@ def anchor_bytes(config: Config, parameters: int, trained: int) -> float:
 
 
 def _footprint(
-    run: Workload, model: Decoder, costs: Costs, device: torch.device, look: Look, program: float
+    run: Workload,
+    model: Decoder,
+    costs: Costs,
+    device: torch.device,
+    precision: Precision,
+    look: Look,
+    program: float,
 ) -> Footprint:
     config, shape = run.config, run.shape
     parameters, trained = sizes_of(model)
@@ -304,12 +310,13 @@ def _footprint(
         row_tokens=look.widest,
         vocab_size=shape.vocab_size,
         chunk_tokens=chunk_tokens(shape.vocab_size, device.type),
-        logit_bytes=4 if config.training.precision == "fp32" else 2 if on_cpu else 6,
+        logit_bytes=4 if precision == "fp32" else 2 if on_cpu else 6,
         head=4.0 * shape.vocab_size * shape.d_model if head_learns(model) and tied else 0.0,
         accumulates=config.training.grad_accumulation > 1,
         updating=UNPACKED * max(p.numel() for p in model.parameters() if p.requires_grad) * (unpacks and on_cpu),
         loading=4.0 * parameters + run.stored_bytes if on_cpu else 0.0,
         saving=0.0 if config.with_lora or not on_cpu else 4.0 * parameters,
+        writing=(4.0 if precision == "fp32" else 2.0) * num_parameters(shape),
         beside=(4.0 + costs.state_bytes) * trained if config.watching.async_save and on_cpu else 0.0,
         unused=UNUSED if on_cpu else 0.0,
     )

@@ -171,7 +171,7 @@ def _with_weights(model: Decoder, kinds: Sequence[Kind], config: Config, device:
     with _only(model, [kind.block for kind in kinds]):
         sample = _materialized(model, device)
     if config.with_lora:
-        hold_frozen(sample, config)
+        hold_frozen(sample, config, device)
     return sample.train()
 
 

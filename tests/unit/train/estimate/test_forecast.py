@@ -215,6 +215,13 @@ def test_savings_add_up_for_a_large_model() -> None:
     assert savings["--optimizer adamw8bit"] == pytest.approx(moments * 3 / 4, abs=0.1)
 
 
+def test_samples_are_written_from_a_copy_of_the_weights() -> None:
+    lora = quick(config("finetune", lora=True)).footprint
+    assert lora.writing == pytest.approx(4 * num_parameters(SHAPE))
+    small = replace(lora, loading=0.0, row_activations=0.0, row_working=0.0, logit_bytes=0)
+    assert small.peak(1) == lora.program + lora.weights + lora.optimizer + lora.writing
+
+
 def test_too_little_memory_is_a_finding() -> None:
     expected = quick(config())
     assert replace(expected, free_bytes=None).findings() == []
