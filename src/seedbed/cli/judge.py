@@ -15,7 +15,7 @@ from rich.console import Console
 
 from seedbed.cli.console import json_option, make_console, print_json
 from seedbed.cli.models import device_option, held_out_documents, model_option
-from seedbed.cli.options import given, sections
+from seedbed.cli.options import given, read_sampling, sections
 from seedbed.cli.verb import Verb, refuse_unknown, refuse_without_data
 from seedbed.config import FLAGS, SamplingOptions, Section, read_section
 from seedbed.errors import ConfigError, SeedbedError
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from seedbed.judge.questions import Question
     from seedbed.judge.scores import Estimate
 
-ONLY_SAMPLED = ("temperature", "top_k", "top_p")
 OF_AN_ADDRESS = (
     *("judge_temperature", "judge_concurrency", "judge_timeout", "judge_retries", "judge_price"),
     "repeats",  # a local judge always gives the same score
@@ -122,7 +121,7 @@ def judge(
     refuse_unknown(ctx)
     refuse_without_data(ctx)
     options = read_section(JudgeOptions, given(ctx, JudgeOptions.model_fields), FLAGS)
-    sampling = _sampling(ctx)
+    sampling = read_sampling(ctx, AnswerOptions)
     _refuse_contradictions(options, model, against)
     chrf("", "")  # without its library nothing is asked
     folder = _transcripts(model, output)
@@ -158,19 +157,6 @@ def judge(
         _say(console, f"Answers and replies: {folder}")
     if result.judge and is_run(run_of(Path(model))):
         update_summary(run_of(Path(model)), judge=record)
-
-
-def _sampling(ctx: click.Context) -> AnswerOptions:
-    """How answers are written.
-
-    Raises:
-        ConfigError: a wrong value, or one that means nothing.
-    """
-    values = given(ctx, AnswerOptions.model_fields)
-    options = read_section(AnswerOptions, values, FLAGS)
-    if options.greedy and (vain := [name for name in ONLY_SAMPLED if name in values]):
-        raise ConfigError([f"--{name} has no meaning without --no_greedy; add it, or leave it out" for name in vain])
-    return options
 
 
 def _refuse_contradictions(options: JudgeOptions, model: str, against: str | None) -> None:

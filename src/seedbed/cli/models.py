@@ -10,9 +10,9 @@ import click
 from rich.console import Console
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
-from seedbed.cli.options import given, sections
+from seedbed.cli.options import read_sampling, sections
 from seedbed.cli.verb import Verb, refuse_unknown, refuse_without_data
-from seedbed.config import FLAGS, SamplingOptions, read_section
+from seedbed.config import SamplingOptions
 from seedbed.errors import ConfigError, DataError
 from seedbed.runs.folder import read_summary
 from seedbed.runs.info import is_run, read_run, run_of
@@ -252,7 +252,7 @@ def generate(
     model = at_domain(model, domain)
     if system and not chat:
         raise ConfigError("--system has no meaning without --chat; add --chat, or leave it out")
-    options = read_section(SamplingOptions, given(ctx, SamplingOptions.model_fields), FLAGS)
+    options = read_sampling(ctx, SamplingOptions)
     prompts = [*prompt, *([_read_prompt(prompt_file)] if prompt_file else [])] or [""]
     from seedbed.checkpoint import load_model
 
@@ -346,7 +346,7 @@ def chat(
     """
     refuse_unknown(ctx)
     model = at_domain(model, domain)
-    options = read_section(SamplingOptions, given(ctx, SamplingOptions.model_fields), FLAGS)
+    options = read_sampling(ctx, SamplingOptions)
     from seedbed.checkpoint import load_model
 
     decoder, tokenizer = load_model(model, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from pydantic.fields import FieldInfo
@@ -17,19 +17,26 @@ from seedbed.config import (
     Config,
     Layer,
     ModelOptions,
+    SamplingOptions,
     Section,
     option_names,
     read_config_file,
     read_run_options,
+    read_section,
     resolve,
 )
 from seedbed.errors import ConfigError
+
+Sampling = TypeVar("Sampling", bound=SamplingOptions)
 
 TEXTS = ("data", "val_data", "general_data")
 """Flags whose second value would not replace the first in the eyes of those who give both."""
 
 OF_PRESETS = ("max_seq_len", "batch_size", "learning_rate")
 """Options with a default of which some sizes of model that `--model` names have their own value."""
+
+ONLY_SAMPLED = ("temperature", "top_k", "top_p")
+"""Options that change nothing where the likeliest token is always taken."""
 
 PRETRAINED = {
     "model": "The model to begin with: a model folder, a run or one of its checkpoints, or a hub id.",
@@ -158,6 +165,22 @@ def resolved(
 def given(ctx: click.Context, names: Iterable[str]) -> dict[str, Any]:
     """The values of the flags that were typed."""
     return {name: ctx.params[name] for name in names if ctx.params.get(name) not in (None, ())}
+
+
+def read_sampling(ctx: click.Context, section: type[Sampling]) -> Sampling:
+    """How text is written, as the flags say it.
+
+    Raises:
+        ConfigError: wrong values, or flags that mean nothing.
+    """
+    values = given(ctx, section.model_fields)
+    options = read_section(section, values, FLAGS)
+    if options.greedy and (vain := [name for name in ONLY_SAMPLED if name in values]):
+        remedy = "with --greedy; leave one of them out"
+        if "greedy" not in values:
+            remedy = "without --no_greedy; add it, or leave it out"
+        raise ConfigError([f"--{name} has no meaning {remedy}" for name in vain])
+    return options
 
 
 def _is_bool(field: FieldInfo) -> bool:

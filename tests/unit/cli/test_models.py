@@ -141,6 +141,14 @@ def test_generate_lists_every_wrong_option(tiny_run: Path, capsys: pytest.Captur
     assert lines[1].endswith("; --greedy takes the likeliest token each time")
 
 
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_flags_that_mean_nothing_with_greedy_are_refused(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--greedy", "--top_k", "50", "--temperature", "0.8", "--seed", "1"]
+    assert run([verb, "--model", "nowhere", *words]) == 2
+    says = "has no meaning with --greedy; leave one of them out"
+    assert capsys.readouterr().err.splitlines() == [f"error: --temperature {says}", f"error: --top_k {says}"]
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])
 def test_a_prompt_file_that_cannot_be_read(
     content: bytes | None, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
