@@ -86,6 +86,13 @@ def generate(
     return [row.completion() for row in rows]
 
 
+def check_prompts(
+    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str | Sequence[int]], options: SamplingOptions
+) -> None:
+    """Raise ConfigError where `generate` would, so that nothing has to be shown before."""
+    _rows(model, tokenizer, prompts, options)
+
+
 def _write(
     decoding: DecodingModel | Rereading, rows: list[_Row], options: SamplingOptions, on_text: OnText | None
 ) -> None:

@@ -255,9 +255,11 @@ def generate(
     options = read_sampling(ctx, SamplingOptions)
     prompts = [*prompt, *([_read_prompt(prompt_file)] if prompt_file else [])] or [""]
     from seedbed.checkpoint import load_model
+    from seedbed.generate import check_prompts
 
     decoder, tokenizer = load_model(model, device)
     questions = [_question(tokenizer, model, text, system) for text in prompts] if chat else prompts
+    check_prompts(decoder, tokenizer, questions, options)
     writer = _Writer(decoder, tokenizer, options, precision)
     if as_json or len(prompts) > 1:
         completions = writer.write(questions)

@@ -141,6 +141,13 @@ def test_generate_lists_every_wrong_option(tiny_run: Path, capsys: pytest.Captur
     assert lines[1].endswith("; --greedy takes the likeliest token each time")
 
 
+def test_a_prompt_that_is_too_long_is_not_shown(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "--model", str(tiny_run), "--prompt", "Many words. " * 50]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: Prompt 1 has ") and captured.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("verb", ["generate", "chat"])
 def test_flags_that_mean_nothing_with_greedy_are_refused(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--greedy", "--top_k", "50", "--temperature", "0.8", "--seed", "1"]
