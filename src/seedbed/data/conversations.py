@@ -35,6 +35,9 @@ TELLING = {
     "prompt": "completion",
 }
 
+# What others call Alpaca's columns: Dolly has instruction, context and response.
+ALSO_CALLED = {"input": "context", "output": "response"}
+
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
 
@@ -123,7 +126,8 @@ def detect_format(path: Path, text_column: str = "text") -> str:
         where = str(path)  # whose rows all have the same columns
     columns = {column.lower() for column in row}
     # A `text` beside all of an instruction's columns is the same in one string, as Stanford's Alpaca has it.
-    if text_column in row and not (text_column == "text" and {"instruction", "output"} <= columns):
+    is_alpaca = "instruction" in columns and not columns.isdisjoint(("output", ALSO_CALLED["output"]))
+    if text_column in row and not (text_column == "text" and is_alpaca):
         return "text"
     for column, format in TELLING.items():
         if column in columns:
@@ -135,17 +139,34 @@ def detect_format(path: Path, text_column: str = "text") -> str:
 
 
 def _alpaca(row: Row, where: str) -> list[Message]:
-    instruction, answer = _text(row, "instruction", where), _text(row, "output", where)
-    more = _text(row, "input", where) if row.get("input") is not None else ""
+    instruction, answer = _text(row, "instruction", where), _text(row, _column(row, "output"), where)
+    more = _text_if_any(row, _column(row, "input"), where)
     question: Message = {"role": "user", "content": instruction}
     if more.strip():
         question = {"role": "user", "content": f"{instruction}\n\n{more}", "instruction": instruction, "input": more}
-    return [*_opening(row, where), question, {"role": "assistant", "content": answer}]
+    return [*_opening(row, where), *_history(row, where), question, {"role": "assistant", "content": answer}]
+
+
+def _column(row: Row, name: str) -> str:
+    """The column of that name, or the one that holds the same elsewhere."""
+    return ALSO_CALLED[name] if row.get(name) is None and row.get(ALSO_CALLED[name]) is not None else name
+
+
+def _history(row: Row, where: str) -> list[Message]:
+    """The turns before that of the row."""
+    turns = row.get("history") or []
+    if not isinstance(turns, list) or not all(map(_is_pair, turns)):
+        raise DataError(f"{where}: 'history' is not what was said before; expected [[question, answer], ...], or []")
+    return [said for pair in turns for said in _turn(*(text.replace("\r\n", "\n") for text in pair))]
+
+
+def _is_pair(turn: Any) -> bool:
+    return isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
 
 
 def _opening(row: Row, where: str) -> list[Message]:
     """What a column beside the turns tells the model to be."""
-    system = _text(row, "system", where) if row.get("system") is not None else ""
+    system = _text_if_any(row, "system", where)
     return [{"role": "system", "content": system}] if system.strip() else []
 
 
@@ -199,6 +220,10 @@ _OF_ROW: dict[str, Callable[[Row, str], list[Message]]] = {
 
 def _turn(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _text_if_any(row: Row, column: str, where: str) -> str:
+    return "" if row.get(column) is None else _text(row, column, where)
 
 
 def _text(row: Row, column: str, where: str) -> str:

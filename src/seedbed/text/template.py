@@ -114,7 +114,7 @@ class Template:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the source and of the tokens it writes by name, in hexadecimal."""
-        facts = ["template 2", self.source, self._tokenizer.special_tokens_map]
+        facts = ["template 3", self.source, self._tokenizer.special_tokens_map]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property

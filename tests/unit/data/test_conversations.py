@@ -59,6 +59,25 @@ def test_alpaca(tmp_path: Path) -> None:
         assert conversations(path) == expected
 
 
+def test_alpaca_as_others_write_it(tmp_path: Path) -> None:
+    """Dolly's names of the columns, and LLaMA-Factory's earlier turns."""
+    rows = [
+        {"instruction": "Who?", "context": "By Ann.", "response": "Ann.", "text": "Who? By Ann. Ann."},
+        {"instruction": "Sing.", "context": "", "response": "La.", "category": "art"},
+        {"instruction": "a", "input": "b", "context": "c", "output": "d", "response": "e"},
+        {"instruction": "c", "input": "", "output": "d", "history": [["a", "b\r\n"]], "system": "Be brief."},
+        {"instruction": "c", "output": "d", "history": []},
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert detect_format(path) == "alpaca"
+    dolly, without, both, later, first = conversations(path)
+    assert dolly[0] == {"role": "user", "content": "Who?\n\nBy Ann.", "instruction": "Who?", "input": "By Ann."}
+    assert (dolly[1], without) == (turn("", "Ann.")[1], turn("Sing.", "La."))
+    assert [message["content"] for message in both] == ["a\n\nb", "d"]
+    assert later == [{"role": "system", "content": "Be brief."}, *turn("a", "b\n"), *turn("c", "d")]
+    assert first == turn("c", "d")
+
+
 def test_rows_of_questions_and_of_prompts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"Question": "a", "ANSWER": "b"}, {"question": "c", "answer": " d"}])
     assert detect_format(path) == "qa"
@@ -210,6 +229,9 @@ ANSWERED = {"messages": turn("a", "b")}
         ("alpaca", {"instruction": "a", "output": 3}, "'output' holds a int, and text is expected"),
         ("alpaca", {"instruction": "a", "output": "\ud800"}, "is not valid Unicode"),
         ("alpaca", {"instruction": "a", "input": [], "output": "b"}, "'input' holds a list"),
+        ("alpaca", {"instruction": "a", "response": 3}, "'response' holds a int"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": [["a"]]}, "'history' is not .* expected ..question"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": "a"}, "'history' is not what was said before"),
         ("qa", {"question": "a"}, "has nothing for 'answer'"),
         ("completion", {"prompt": "a", "completion": None}, "has an empty value for 'completion'"),
         ("chat", {"messages": turn("a", "b")[:1]}, "has no message of the assistant"),
