@@ -87,6 +87,15 @@ def test_what_else_templates_do(name: str, tmp_path: Path) -> None:
         assert ours.render(messages, add_generation_prompt=prompt) == expected
 
 
+def test_tools_are_given_to_the_template(tmp_path: Path) -> None:
+    source = "{% if tools %}{{ tools | tojson(indent=4) }}{% endif %}{{ messages | tojson }}"
+    theirs = saved(tokenizer_of("bpe", IM), tmp_path, source)
+    tools = [{"type": "function", "function": {"name": "add", "description": "<&é>"}}]
+    expected = theirs.apply_chat_template([user("1 + 2"), assistant("3")], tools=tools, tokenize=False)
+    ours = find_template(Tokenizer.load(tmp_path), None, "chat")
+    assert ours.render([user("1 + 2") | {"tools": tools}, assistant("3")]) == expected
+
+
 def test_marks_of_generation_blocks(tmp_path: Path) -> None:
     theirs = saved(tokenizer_of("bpe", IM), tmp_path, WITH_GENERATION)
     ours = find_template(Tokenizer.load(tmp_path), None, "chat")

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from seedbed.data.documents import split_lines
 from seedbed.data.files import TABLE_SUFFIXES, Row, clean_text, read_rows, read_text
 from seedbed.errors import DataError
+from seedbed.parsing import parse_json
 from seedbed.text.template import Message
 
 FORMATS = ("auto", "text", "alpaca", "qa", "chat", "completion")
@@ -50,8 +51,12 @@ LABEL = re.compile(r"(Q|A|[A-Za-z]{2,})[ \t]*:(.*)", re.DOTALL)
 
 
 def to_document(messages: list[Message]) -> str:
-    """The conversation as its one text: JSON with sorted keys and no spaces."""
-    return json.dumps(messages, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    """The conversation as its one text: JSON without spaces, the keys of messages sorted.
+
+    What is nested in a message keeps its order, in which templates print it.
+    """
+    ordered = [dict(sorted(message.items())) for message in messages]
+    return json.dumps(ordered, ensure_ascii=False, separators=(",", ":"))
 
 
 def from_document(document: str) -> list[Message]:
@@ -94,7 +99,8 @@ def read_conversations(path: Path, format: str) -> Iterator[str]:
     empty = True
     for where, row in read_rows(path):
         empty = False
-        messages = _OF_ROW[format]({column.lower(): value for column, value in row.items()}, where)
+        columns = {column.lower(): value for column, value in row.items()}
+        messages = _with_tools(_OF_ROW[format](columns, where), columns, where)
         try:
             document = to_document(messages)
         except TypeError as error:  # Parquet has dates and bytes
@@ -187,6 +193,21 @@ def _chat(row: Row, where: str) -> list[Message]:
     if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
         raise DataError(f"{where} has no message of the assistant to learn; remove it")
     return messages if messages[0]["role"] == "system" else [*_opening(row, where), *messages]
+
+
+def _with_tools(messages: list[Message], row: Row, where: str) -> list[Message]:
+    """The conversation with the tools that a column offers; its first message carries them to the template."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools:  # so that Parquet can hold tools of any shape
+        try:
+            tools = parse_json(tools)
+        except ValueError as error:
+            raise DataError(f"{where}: 'tools' is text that is not JSON ({error}); correct it, or empty it") from None
+    if not tools:
+        return messages
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{where}: 'tools' is no list of objects, nor one as JSON; correct it, or empty it")
+    return [messages[0] | {"tools": tools}, *messages[1:]]
 
 
 def _message(turn: Any, where: str) -> Message:

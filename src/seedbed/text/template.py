@@ -34,7 +34,10 @@ from seedbed.text.sandbox import Sandbox
 from seedbed.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-"""`role` and `content`, both text, what else the template may know, and for an answer not to be learnt `weight` 0."""
+"""`role` and `content`, both text, what else the template may know, and for an answer not to be learnt `weight` 0.
+
+The first one of a conversation may have `tools`, a list of objects, which the template gets beside the messages.
+"""
 
 Span = tuple[int, int]
 """From a character (or token) to the one after the last."""
@@ -199,10 +202,19 @@ class Template:
         return re.compile(f"(?:{'|'.join(map(re.escape, self._tokenizer.special_tokens))})$")
 
     def _render(self, messages: Sequence[Message], prompt: bool = False, generation: tuple[str, str] = ("", "")) -> str:
+        tools = messages[0].get("tools") if messages else None
+        if tools and not re.search(r"\btools\b", self.source):
+            raise DataError(
+                f"chat template {self.name} prints no tools, and a row offers some: {_describe(messages)}; choose a "
+                "--chat_template that does, or take the column 'tools' out"
+            )
         variables = {
-            "messages": [{key: value for key, value in message.items() if value is not None} for message in messages],
+            "messages": [
+                {key: value for key, value in message.items() if value is not None and key != "tools"}
+                for message in messages
+            ],
             "add_generation_prompt": prompt,
-            "tools": None,
+            "tools": tools,
             "documents": None,
             GENERATION_MARKS: generation,
         }

@@ -103,6 +103,18 @@ def test_chat(tmp_path: Path) -> None:
     assert conversations(path) == [[{"role": "system", "content": "s"}, *turn("a", "b\n")]]
 
 
+def test_tools_of_a_row_go_with_its_first_message(tmp_path: Path) -> None:
+    """As a list or as JSON, in the order in which they are written."""
+    tools = [{"type": "function", "function": {"name": "add", "b": 1, "a": 2}}]
+    given: list[object] = [tools, json.dumps(tools), None, "", []]
+    path = write(tmp_path / "a.jsonl", [{"messages": turn("a", "b"), "tools": offered} for offered in given])
+    as_list, as_json, *without = read_conversations(path, "chat")
+    assert as_list == as_json
+    assert json.dumps(tools, separators=(",", ":")) in as_list
+    assert from_document(as_list)[0] == {"role": "user", "content": "a", "tools": tools}
+    assert without == [to_document(turn("a", "b"))] * 3
+
+
 def test_rows_of_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -244,6 +256,8 @@ ANSWERED = {"messages": turn("a", "b")}
         ("chat", {"conversations": [{"from": "gpt"}]}, "message 1 has nothing for 'value'"),
         ("chat", {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "message 1 has the weight 0.5"),
         ("chat", {"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "no message of the assistant to"),
+        ("chat", ANSWERED | {"tools": "[{"}, "'tools' is text that is not JSON"),
+        ("chat", ANSWERED | {"tools": ["add"]}, "'tools' is no list of objects"),
         ("chat", [1], "is a list, not an object"),
     ],
 )

@@ -341,6 +341,16 @@ def test_calls_of_tools_are_part_of_the_answer() -> None:
     ]
 
 
+def test_tools_are_only_read() -> None:
+    tokenizer, tools = tokenizer_of("char", IM), [{"name": "add"}]
+    messages = [user("1 + 2") | {"tools": tools}, assistant("3"), user("2 + 2"), assistant("4")]
+    template = Template(tokenizer, "tools", "{{ tools | tojson if tools }}" + CHATML)
+    assert template.render(messages).startswith('[{"name": "add"}]<|im_start|>user\n1 + 2')
+    assert learnt(template, messages, tokenizer) == ["3<|im_end|>", "4<|im_end|>"]
+    with pytest.raises(DataError, match=r"template bare prints no tools.*begins '1 \+ 2'; choose"):
+        Template(tokenizer, "bare", CHATML).example(messages)
+
+
 @pytest.mark.parametrize(
     "printed",
     [
