@@ -234,7 +234,10 @@ def test_a_run_that_the_machine_would_kill_is_refused(
     run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Forecast, "peak_bytes", 1e18)
+    log = io.StringIO()
     with pytest.raises(OutOfMemoryError, match=r"needs about .* MB and this machine has .*--allow memory"):
-        run_it(tmp_path / "a", max_steps=4)
+        run_it(tmp_path / "a", max_steps=4, log=log)
+    assert "Forecast:" in log.getvalue()
+    assert "needs about" not in log.getvalue() and "Starting training" not in log.getvalue()
     assert not (tmp_path / "a").exists()
     assert run_it(tmp_path / "a", max_steps=4, allow=["memory"]).exit_code == 0

@@ -80,9 +80,6 @@ def build_job(start: Start, display: Display) -> Job:
     noticed = [*made.texts.changed_since(state.text), *overlap, *expected.findings()]
     state.text = made.texts.fingerprint()
     findings = say_what_comes(display, made, schedule, expected, noticed)
-    if MEMORY not in config.watching.allow:
-        expected.require_memory()
-
     begin_records(start, made, state, findings)
     return Job(
         model=model,
@@ -216,6 +213,7 @@ def say_what_comes(
 
     Raises:
         ConfigError: what is wrong beyond a warning; with `--strict` a warning too.
+        OutOfMemoryError: it needs far more memory than there is.
     """
     config, model = made.config, made.model
     describe_corpus(display, made.corpus, made.texts, config.training.batch_size)
@@ -225,6 +223,8 @@ def say_what_comes(
     positions = None if config.regime == "scratch" else model.config.max_seq_len
     findings = [*look_ahead(config, made.texts, made.corpus, schedule, positions), *noticed]
     findings = sift(findings, strict=config.watching.strict, allow=config.watching.allow)
+    if MEMORY not in config.watching.allow:
+        expected.require_memory()
     describe_findings(display, findings)
     display.line()
     display.line("Starting training...")
