@@ -29,6 +29,7 @@ from seedbed.evaluate import Evaluation, evaluate
 from seedbed.generate import generate
 from seedbed.model.decoder import Decoder
 from seedbed.model.decoding import DecodingModel
+from seedbed.model.shape import contradictions
 from seedbed.text.template import find_template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.run import run_training
@@ -268,7 +269,7 @@ def _run(
     given = {
         name: str(value) if isinstance(value, PathLike | torch.device) else value for name, value in options.items()
     }
-    resolved = resolve(regime, [*layers, Layer(CALL, given)])
+    resolved = resolve(regime, [*layers, Layer(CALL, given)], also=contradictions)
     if resolved.keeping.rollback_to and resolved.data.data is None and not resolved.watching.resume_from:
         raise ConfigError("data is missing; to copy a model as it was, use `seedbed continue --rollback_to`")
     # The caller's random numbers go on as if nothing had happened, and gradients are made wherever this is called.

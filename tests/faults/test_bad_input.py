@@ -417,6 +417,11 @@ def test_text_and_model_are_missed_together(fails: Fails) -> None:
     assert [line.split()[1] for line in fails(2, ["finetune"]).splitlines()] == ["--data", "--model"]
 
 
+def test_sizes_are_looked_at_with_everything_else(fails: Fails) -> None:
+    lines = fails(2, ["pretrain", "--d_model", "50", "--num_heads", "4", "--min_lr", "1"]).splitlines()
+    assert [line.split()[1] for line in lines] == ["--data", "--min_lr", "d_model"]
+
+
 @pytest.mark.parametrize("verb", [["pretrain", "--data", "a.txt"], ["plan", "pretrain"], ["plan", "finetune"]])
 def test_a_preset_that_is_no_model(fails: Fails, verb: list[str]) -> None:
     assert "a preset without a shape; give it with --config" in fails(2, [*verb, "--model", "data-limited"])

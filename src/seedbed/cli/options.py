@@ -26,6 +26,7 @@ from seedbed.config import (
     resolve,
 )
 from seedbed.errors import ConfigError
+from seedbed.model.shape import contradictions
 
 Sampling = TypeVar("Sampling", bound=SamplingOptions)
 
@@ -159,7 +160,7 @@ def resolved(
                 unread += error.problems
     flags = given(ctx, option_names(regime) if names is None else names)
     layers.append(Layer(FLAGS, {**flags, **dict.fromkeys(unknown_flags(ctx), "")}))
-    return resolve(regime, layers, unread, needs_text=needs_text)
+    return resolve(regime, layers, unread, needs_text=needs_text, also=contradictions)
 
 
 def given(ctx: click.Context, names: Iterable[str]) -> dict[str, Any]:

@@ -120,11 +120,19 @@ class Config:
         return yaml.safe_dump(content, sort_keys=False)
 
 
-def resolve(regime: str, layers: Sequence[Layer], unread: Sequence[str] = (), *, needs_text: bool = False) -> Config:
+def resolve(
+    regime: str,
+    layers: Sequence[Layer],
+    unread: Sequence[str] = (),
+    *,
+    needs_text: bool = False,
+    also: Callable[[Config], Iterable[str]] = lambda _config: (),
+) -> Config:
     """Merge `layers` (weakest first) over the defaults of `regime`, which LoRA changes when they ask for it.
 
     unread: why other layers could not be read; what seems to be missing may stand there.
     needs_text: whether nothing can be done without `data`.
+    also: finds more contradictions, where more is known than here.
 
     Raises:
         ConfigError: listing every unknown name, wrong type and contradiction at once.
@@ -141,7 +149,7 @@ def resolve(regime: str, layers: Sequence[Layer], unread: Sequence[str] = (), *,
         values.update(known)
         sources.update({name: layer.origins.get(name, layer.source) for name in known})
     config = _build(regime, values, sources, problems)
-    contradictions = () if unread else _contradictions(config, needs_text=needs_text)
+    contradictions = () if unread else (*_contradictions(config, needs_text=needs_text), *also(config))
     if problems := [*problems, *contradictions]:
         raise ConfigError(problems)
     parents = [layer.run for layer in layers if layer.run]

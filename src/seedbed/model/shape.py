@@ -6,13 +6,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from seedbed.config import DataOptions, ModelOptions
+from seedbed.config import Config, DataOptions, ModelOptions
 from seedbed.errors import ConfigError
 from seedbed.model.config import DecoderConfig, from_scratch
 from seedbed.model.families import read_config
+from seedbed.runs.info import is_run
 
 ASSUMED_VOCAB: Final = 8000
 """Of a tokenizer that is not trained yet; no other size contradicts it."""
+
+
+def contradictions(config: Config) -> list[str]:
+    """What contradicts itself in the sizes of a new model, where they are known without a look into another folder."""
+    output = config.watching.output
+    goes_on = config.watching.resume_from or (output and is_run(Path(output)))  # with the sizes that it has
+    if config.regime == "scratch" and config.model.arch and not goes_on:
+        try:
+            decoder_config(config.model, config.data, config.data.vocab_size or ASSUMED_VOCAB)
+        except ConfigError as error:
+            return error.problems
+    return []
 
 
 def decoder_config(model: ModelOptions, data: DataOptions, vocab_size: int) -> DecoderConfig:
