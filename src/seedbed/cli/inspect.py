@@ -13,7 +13,7 @@ from rich.text import Text
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
 from seedbed.cli.options import given, resolved, sections
-from seedbed.cli.verb import Verb, refuse_unknown
+from seedbed.cli.verb import Verb, noting, refuse_unknown, report, wrong_flags
 from seedbed.config import FLAGS, TRAINED_HERE, DataOptions, TextOptions, read_section
 from seedbed.data.rows import NO_TARGET
 from seedbed.errors import CheckpointError, ConfigError
@@ -48,14 +48,16 @@ def train_tokenizer(
     ctx: click.Context, /, kind: str, vocab_size: int | None, output: str, as_json: bool, **_flags: Any
 ) -> None:
     """Train a tokenizer on the training documents; documents held out for validation are not used."""
-    refuse_unknown(ctx)
-    options = read_section(TextOptions, given(ctx, TextOptions.model_fields), FLAGS)
+    problems = wrong_flags(ctx)
+    with noting(problems):
+        options = read_section(TextOptions, given(ctx, TextOptions.model_fields), FLAGS)
     if kind not in TRAINED_HERE:
-        raise ConfigError(f"--type {kind}: expected bpe or char")
+        problems.append(f"--type {kind}: expected bpe or char")
     if kind == "char" and vocab_size:
-        raise ConfigError("--vocab_size has no meaning with --type char: there is a token for each character")
+        problems.append("--vocab_size has no meaning with --type char: there is a token for each character")
     if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
-        raise ConfigError(f"--output {output} is there already and not an empty folder; choose another")
+        problems.append(f"--output {output} is there already and not an empty folder; choose another")
+    report(problems)
     from seedbed.text.tokenizer import bytes_per_token
     from seedbed.train.corpus import open_texts
     from seedbed.train.corpus import train_tokenizer as train

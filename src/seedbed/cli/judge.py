@@ -16,7 +16,7 @@ from rich.console import Console
 from seedbed.cli.console import json_option, make_console, print_json
 from seedbed.cli.models import device_option, held_out_documents, model_option
 from seedbed.cli.options import given, read_sampling, sections
-from seedbed.cli.verb import Verb, refuse_unknown, refuse_without_data
+from seedbed.cli.verb import Verb, noting, report, wrong_flags
 from seedbed.config import FLAGS, SamplingOptions, Section, read_section
 from seedbed.errors import ConfigError, SeedbedError
 from seedbed.judge.references import chrf
@@ -118,11 +118,13 @@ def judge(
     The judge is a model on a server (--judge_url, with its key in SEEDBED_JUDGE_KEY) or a local one (--judge).
     Answers and scores are kept: the same command asks only for what is missing. Needs the extra `judge`.
     """
-    refuse_unknown(ctx)
-    refuse_without_data(ctx)
-    options = read_section(JudgeOptions, given(ctx, JudgeOptions.model_fields), FLAGS)
-    sampling = read_sampling(ctx, AnswerOptions)
-    _refuse_contradictions(options, model, against)
+    problems = wrong_flags(ctx)
+    with noting(problems):
+        options = read_section(JudgeOptions, given(ctx, JudgeOptions.model_fields), FLAGS)
+        _refuse_contradictions(options, model, against)
+    with noting(problems):
+        sampling = read_sampling(ctx, AnswerOptions)
+    report(problems)
     chrf("", "")  # without its library nothing is asked
     folder = _transcripts(model, output)
     models, remark = _models(model, baseline, against)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
 from seedbed.cli.options import read_sampling, sections
-from seedbed.cli.verb import Verb, refuse_unknown, refuse_without_data
+from seedbed.cli.verb import Verb, noting, report, wrong_flags
 from seedbed.config import SamplingOptions
 from seedbed.errors import ConfigError, DataError
 from seedbed.runs.folder import read_summary
@@ -99,8 +99,7 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure loss, perplexity and bits per byte of a model on text, or on the answers of conversations."""
-    refuse_unknown(ctx)
-    refuse_without_data(ctx)
+    report(wrong_flags(ctx))
     model = at_domain(model, domain)
     from seedbed import distributed
     from seedbed.checkpoint import load_model
@@ -248,11 +247,13 @@ def generate(
     **_flags: Any,
 ) -> None:
     """Let a model continue a text, or answer with --chat; one prompt is streamed, several are written as a batch."""
-    refuse_unknown(ctx)
-    model = at_domain(model, domain)
+    problems = wrong_flags(ctx)
     if system and not chat:
-        raise ConfigError("--system has no meaning without --chat; add --chat, or leave it out")
-    options = read_sampling(ctx, SamplingOptions)
+        problems.append("--system has no meaning without --chat; add --chat, or leave it out")
+    with noting(problems):
+        options = read_sampling(ctx, SamplingOptions)
+    report(problems)
+    model = at_domain(model, domain)
     prompts = [*prompt, *([_read_prompt(prompt_file)] if prompt_file else [])] or [""]
     from seedbed.checkpoint import load_model
     from seedbed.generate import check_prompts
@@ -346,9 +347,11 @@ def chat(
     The model sees the whole conversation at each turn. When that no longer fits its context, the oldest turns are
     dropped.
     """
-    refuse_unknown(ctx)
+    problems = wrong_flags(ctx)
+    with noting(problems):
+        options = read_sampling(ctx, SamplingOptions)
+    report(problems)
     model = at_domain(model, domain)
-    options = read_sampling(ctx, SamplingOptions)
     from seedbed.checkpoint import load_model
 
     decoder, tokenizer = load_model(model, device)

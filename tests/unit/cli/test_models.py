@@ -141,6 +141,27 @@ def test_generate_lists_every_wrong_option(tiny_run: Path, capsys: pytest.Captur
     assert lines[1].endswith("; --greedy takes the likeliest token each time")
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("evaluate --stride 0 --batch_size x", ["'--model'", "'--stride'", "'--batch_size'"]),
+        ("evaluate --model x --formt qa --split test", ["--formt", "--split"]),
+        ("generate --model x --topp 1 --system a --top_p 2", ["--topp", "--system", "--top_p"]),
+        ("chat --model x --topp 1 --top_p 2", ["--topp", "--top_p"]),
+        (
+            "judge --model x --repeats 0 --split a --format qa --top_k 3",
+            ["--split", "--format", "--repeats", "--top_k"],
+        ),
+        ("tokenizer train --output . --type x --val_split 3", ["--val_split", "--type", "--output"]),
+    ],
+)
+def test_all_that_is_wrong_is_said_at_once(words: str, named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(words.split()) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(named)
+    assert all(line.startswith("error: ") and name in line for line, name in zip(lines, named, strict=True)), lines
+
+
 def test_a_prompt_that_is_too_long_is_not_shown(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", "--model", str(tiny_run), "--prompt", "Many words. " * 50]) == 2
     captured = capsys.readouterr()
