@@ -43,7 +43,8 @@ def error(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -
 
 
 def test_a_judge_that_is_down(command: list[str], tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = error([*command, *AT, "--judge_retries", "0"], capsys)
+    said = error([*command, *AT, "--judge_retries", "1", "--json"], capsys)
+    assert said.count("The judge did not answer. Retrying") == len(ROWS)
     assert "replied to nothing: no connection" in said and "the judge m" in said
     assert NO_SERVER in said
     assert read_summary(tiny_run)["judge"] is None

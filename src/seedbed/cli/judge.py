@@ -258,6 +258,7 @@ def _make_judge(options: JudgeOptions, device: str) -> Judge | None:
         timeout=options.judge_timeout,
         retries=options.judge_retries,
         temperature=temperature,
+        say=partial(click.echo, err=True),
     )
 
 

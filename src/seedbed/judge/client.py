@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -60,6 +62,8 @@ class Endpoint:
     to at most eight, a random part of a quarter less; or when `Retry-After` says, up to two minutes."""
     temperature: float = 0.0
     key: str = field(default_factory=_key_from_environment, repr=False)
+    say: Callable[[str], None] = field(default=lambda _line: None, repr=False, compare=False)
+    """Told of every request that is repeated."""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -100,7 +104,8 @@ class Endpoint:
                 on_reply(place, reply)
                 replies.append((place, asdict(reply)))
 
-            asyncio.run(self._ask(requests, keep))
+            with _retries_told(self.say):
+                asyncio.run(self._ask(requests, keep))
             return replies
 
         replies = distributed.on_first(ask)
@@ -169,6 +174,26 @@ class Endpoint:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self.key, "***") if self.key else text
+
+
+@contextmanager
+def _retries_told(say: Callable[[str], None]) -> Iterator[None]:
+    """The library tells of a request that it repeats in its log alone."""
+    logger, handler = logging.getLogger("openai._base_client"), logging.Handler()
+    level = logger.level
+
+    def tell(record: logging.LogRecord) -> None:
+        if record.levelno == logging.INFO:
+            say(f"The judge did not answer. {record.getMessage()}")
+
+    handler.emit = tell  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 @dataclass

@@ -65,6 +65,17 @@ def test_trouble_that_passes_is_tried_again(trouble: Answer) -> None:
         assert len(server.prompts) == 2
 
 
+def test_what_is_tried_again_is_said() -> None:
+    said: list[str] = []
+    with serving(lambda n, _: refuse(503, "busy") if n < 2 else say("7")) as server:
+        judge = Endpoint(server.url, "m", retries=4, say=said.append)
+        judge.ask([Request("score", "x", {})], lambda _place, reply: said.append(str(reply.text)))
+    first, second, answer = said
+    assert first.startswith("The judge did not answer. Retrying request in 0.") and answer == "7"
+    assert "1 of 4" in first and "2 of 4" in second
+    assert logging.getLogger("openai._base_client").level == logging.NOTSET
+
+
 @pytest.mark.parametrize(
     ("trouble", "says"),
     [
