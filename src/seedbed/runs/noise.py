@@ -1,4 +1,4 @@
-"""Whether two means over seeds differ by more than luck: Welch's interval, with the standard library alone."""
+"""How far figures scatter, outliers aside; and whether two means over seeds differ by more than luck."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+import numpy as np
+from numpy.typing import ArrayLike
+
+MAD_TO_DEVIATION = 1.4826  # of a normal distribution
 SLICES = 256  # Simpson's rule over a quarter turn; even
+
+
+def robust_deviation(values: ArrayLike, middle: float) -> float:
+    """The median absolute deviation (MAD) of `values` (N,) from `middle`, as a standard deviation.
+
+    >>> round(robust_deviation([1.0, 2.0, 3.0, 4.0, 1e9], 3.0), 4)
+    1.4826
+    """
+    return float(MAD_TO_DEVIATION * np.median(np.abs(np.asarray(values) - middle)))
 
 
 @dataclass(frozen=True)

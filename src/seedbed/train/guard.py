@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Final
 
+from seedbed.runs.noise import robust_deviation
+
 WINDOW: Final = 64  # updates before that say what is usual
 ENOUGH: Final = 20  # of them, before anything explodes
 DEVIATIONS: Final = 12.0  # robust standard deviations above the median
-MAD_TO_DEVIATION: Final = 1.4826  # of a normal distribution
 LOSS_RISE: Final = (1.0, 2.0)  # times the median, and nats: a text learnt by heart may meet a hard row
 NORM_RISE: Final = 99.0  # times the median
 
@@ -52,5 +53,4 @@ def _limit(values: deque[float], times: float, least: float) -> tuple[float, flo
     if len(values) < ENOUGH:
         return None
     middle = median(values)
-    deviation = MAD_TO_DEVIATION * median(abs(value - middle) for value in values)
-    return middle, middle + max(DEVIATIONS * deviation, times * middle, least)
+    return middle, middle + max(DEVIATIONS * robust_deviation(values, middle), times * middle, least)

@@ -15,6 +15,7 @@ from seedbed.data.rows import NO_TARGET
 from seedbed.device import Precision
 from seedbed.evaluate import evaluation_mode
 from seedbed.parallel import is_sharded
+from seedbed.runs.noise import robust_deviation
 from seedbed.train.job import Job
 from seedbed.train.measure import place_losses
 
@@ -23,7 +24,6 @@ ENOUGH = 20  # of them, before anything is unusual
 DEVIATIONS = 6.0  # robust standard deviations above the median
 LEAST_RISE = 0.1  # of the median: a loss that hardly varies does not spike by its last digits
 APART = 10  # steps between two reports, so that a loss that stays up is reported once
-MAD_TO_DEVIATION = 1.4826  # of a normal distribution
 ROWS_NAMED = 3
 SHOWN = 48  # tokens of a row that are quoted
 
@@ -63,7 +63,7 @@ class RecentLosses:
         if len(self._losses) < ENOUGH:
             return None
         middle = median(self._losses)
-        return Usual(middle, MAD_TO_DEVIATION * median(abs(loss - middle) for loss in self._losses))
+        return Usual(middle, robust_deviation(self._losses, middle))
 
 
 @dataclass(frozen=True)

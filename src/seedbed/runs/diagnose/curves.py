@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from seedbed.runs.noise import robust_deviation
 from seedbed.runs.series import Floats, Series
 
 MOST_STRETCHES = 20
 LEAST_RECORDS = 5  # in a stretch
-MAD_TO_DEVIATION = 1.4826  # of a normal distribution
 MEDIAN_TO_MEAN = 1.2533  # standard error of a median in those of a mean, of a normal distribution
 CLEAR = 4.0  # standard errors by which two levels must differ
 
@@ -82,7 +82,7 @@ def deviation(values: Floats) -> float:
     if len(values) < 3:
         return 0.0
     change = np.diff(values)
-    return float(MAD_TO_DEVIATION * np.median(np.abs(change - np.median(change))) / np.sqrt(2))
+    return robust_deviation(change, float(np.median(change))) / math.sqrt(2)
 
 
 def median_error(values: Floats, count: int) -> float:
@@ -95,4 +95,4 @@ def _unevenness(level: Floats) -> float:
     if len(level) < 5:
         return 0.0
     bend = np.diff(level, n=2)
-    return float(MAD_TO_DEVIATION * np.median(np.abs(bend)) / np.sqrt(6))
+    return robust_deviation(bend, 0.0) / math.sqrt(6)

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from seedbed.findings import Finding, Level
-from seedbed.runs.diagnose.curves import MAD_TO_DEVIATION
 from seedbed.runs.diagnose.facts import Facts, number, rows_of, short
+from seedbed.runs.noise import robust_deviation
 from seedbed.runs.series import Floats
 
 WINDOW = 30  # steps before that say what is usual
@@ -104,8 +104,9 @@ def _scale(values: Floats) -> float:
     Neighbours on both sides, so that a loss that stays up for long is no noise.
     """
     off = values[NEIGHBOURS:-NEIGHBOURS] - np.median(sliding_window_view(values, 2 * NEIGHBOURS + 1), axis=1)
-    spread = MAD_TO_DEVIATION * float(np.median(np.abs(off)))
-    return max(spread, float(np.quantile(off, 0.97)) / 1.88)  # what 97 % of a normal distribution are below
+    return max(
+        robust_deviation(off, 0.0), float(np.quantile(off, 0.97)) / 1.88
+    )  # what 97 % of a normal distribution are below
 
 
 def _of_event(facts: Facts, step: float, event: Mapping[str, Any]) -> Spike | None:
