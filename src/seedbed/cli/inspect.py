@@ -157,7 +157,7 @@ def show_data(ctx: click.Context, /, num: int, model: str | None, as_json: bool,
     config = resolved(ctx, "scratch", names=DataOptions.model_fields)
     if model is not None and config.is_given("tokenizer"):
         raise ConfigError("--tokenizer and --model both name a tokenizer; leave one of them out")
-    from seedbed.train.corpus import make_tokenizer, open_training_texts, require_a_row, tokenize
+    from seedbed.train.corpus import make_tokenizer, open_training_texts, tokenize
     from seedbed.train.finetune import base_folder
     from seedbed.train.ingredients import reading_of
     from seedbed.train.progress import Display
@@ -168,7 +168,6 @@ def show_data(ctx: click.Context, /, num: int, model: str | None, as_json: bool,
     console = make_console(as_json)
     display = Display(console, log_every=1)
     texts = open_training_texts(options)
-    require_a_row(texts, options.max_seq_len)
     loaded = make_tokenizer(options, texts, display)
     reading = reading_of(config, texts, loaded)
     loaded, corpus = reading.tokenizer, tokenize(texts, reading, options, config.training, display)

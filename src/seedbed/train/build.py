@@ -30,11 +30,11 @@ from seedbed.text.template import Template
 from seedbed.train.announce import describe_corpus, describe_findings, describe_model, describe_schedule
 from seedbed.train.board import Board
 from seedbed.train.continual.prepare import from_earlier_model
-from seedbed.train.corpus import CHANGED, keep_tokenizer
+from seedbed.train.corpus import CHANGED, Texts, keep_tokenizer
 from seedbed.train.estimate.forecast import NAME as MEMORY
 from seedbed.train.estimate.forecast import Forecast, describe_forecast, forecast_run
 from seedbed.train.finetune import from_pretrained_weights, hold_frozen, planned_shape
-from seedbed.train.ingredients import Ingredients
+from seedbed.train.ingredients import Ingredients, Prepared
 from seedbed.train.job import Job, Prompt
 from seedbed.train.length import length, make_schedule, steps_per_epoch
 from seedbed.train.plan import look_ahead, require_known_findings
@@ -59,8 +59,9 @@ def build_job(start: Start, display: Display) -> Job:
     config = settled(start.config, precision)
     method = pick_method(config, device, precision)
     made = gather(start, config, method, display)
-    config, corpus, training, watching = made.config, made.corpus, made.config.training, made.config.watching
-    sample = sample_prompt(made)
+    prepared, config, texts = made.prepared, made.prepared.config, made.prepared.texts
+    training, watching = config.training, config.watching
+    sample = sample_prompt(prepared)
 
     model = made.model
     make_ready(model, config, device)
@@ -76,20 +77,20 @@ def build_job(start: Start, display: Display) -> Job:
     epochs, total_steps = length(config, made.rows)
     schedule = make_schedule(training, total_steps)
     expected = forecast_run(made, optimizer, state, total_steps)
-    overlap = made.texts.overlap() if checkpoint is None and not config.continues else []
-    noticed = [*made.texts.changed_since(state.text), *overlap, *expected.findings()]
-    state.text = made.texts.fingerprint()
+    overlap = texts.overlap() if checkpoint is None and not config.continues else []
+    noticed = [*texts.changed_since(state.text), *overlap, *expected.findings()]
+    state.text = texts.fingerprint()
     findings = say_what_comes(display, made, schedule, expected, noticed)
-    begin_records(start, made, state, findings)
+    begin_records(start, prepared, state, findings)
     return Job(
         model=model,
         spread=shared,
-        tokenizer=made.tokenizer,
+        tokenizer=prepared.tokenizer,
         optimizer=optimizer,
         scaler=scaler,
         schedule=schedule,
         rows=made.rows,
-        validation=corpus.validation,
+        validation=prepared.corpus.validation,
         device=device,
         precision=precision,
         training=training,
@@ -118,18 +119,18 @@ def gather(start: Start, config: Config, method: Method, display: Display) -> In
         keep_memory()
     with distributed.weights_in_first_only(method == "fsdp"):
         made = gatherer(config)(start, config, display)
-    require_same_text(made)
+    require_same_text(made.prepared.texts)
     return made
 
 
-def require_same_text(made: Ingredients) -> None:
+def require_same_text(texts: Texts) -> None:
     """Raise DataError when a process, on another machine perhaps, reads other text than the first."""
-    here = made.texts.fingerprint()
+    here = texts.fingerprint()
     first = distributed.on_first(lambda: here)
 
     def compare() -> None:
         if here != first:
-            raise DataError(f"--data {made.texts.train.name}: not the text that the first process reads; copy it there")
+            raise DataError(f"--data {texts.train.name}: not the text that the first process reads; copy it there")
 
     distributed.together(compare)
 
@@ -185,12 +186,12 @@ def make_ready(model: Decoder, config: Config, device: torch.device) -> None:
         compile_blocks(model, device)
 
 
-def begin_records(start: Start, made: Ingredients, state: TrainingState, findings: Sequence[Finding]) -> None:
+def begin_records(start: Start, prepared: Prepared, state: TrainingState, findings: Sequence[Finding]) -> None:
     """Bring the run folder's files to where the run begins, or goes on."""
     run = start.run
     run.truncate(state.records or dict.fromkeys(RECORD_FILES, 0))
-    distributed.on_first(lambda: keep_tokenizer(made.tokenizer, run.path))
-    run.write_config(made.config.to_yaml())
+    distributed.on_first(lambda: keep_tokenizer(prepared.tokenizer, run.path))
+    run.write_config(prepared.config.to_yaml())
     for finding in findings:
         if start.checkpoint is None or finding.name == CHANGED:  # the others were told when the run began
             run.event("guardrail", state.step, **finding.to_json())
@@ -215,13 +216,12 @@ def say_what_comes(
         ConfigError: what is wrong beyond a warning; with `--strict` a warning too.
         OutOfMemoryError: it needs far more memory than there is.
     """
-    config, model = made.config, made.model
-    describe_corpus(display, made.corpus, made.texts, config.training.batch_size)
-    describe_model(display, model)
+    prepared, config = made.prepared, made.prepared.config
+    describe_corpus(display, prepared.corpus, prepared.texts, config.training.batch_size)
+    describe_model(display, made.model)
     describe_schedule(display, schedule)
     describe_forecast(display, expected)
-    positions = None if config.regime == "scratch" else model.config.max_seq_len
-    findings = [*look_ahead(config, made.texts, made.corpus, schedule, positions), *noticed]
+    findings = [*look_ahead(prepared, schedule), *noticed]
     findings = sift(findings, strict=config.watching.strict, allow=config.watching.allow)
     if MEMORY not in config.watching.allow:
         expected.require_memory()
@@ -239,16 +239,17 @@ def facts_of_shape(shape: DecoderConfig) -> dict[str, Any]:
 
 def facts_of_text(made: Ingredients) -> dict[str, Any]:
     """How much text there is, and what became of it in rows."""
-    corpus, rows, held = made.corpus, made.rows, made.corpus.validation
+    prepared, corpus, rows = made.prepared, made.prepared.corpus, made.rows
+    held = corpus.validation
     whole = corpus.rows if isinstance(corpus.rows, WholeRows) else None
     return {
-        "conversations": made.texts.are_conversations,
+        "conversations": prepared.texts.are_conversations,
         "train_documents": corpus.num_documents,
         "train_bytes": corpus.num_bytes,
         "train_rows": len(rows),
         "tokens_per_epoch": rows.num_targets,
-        "steps_per_epoch": steps_per_epoch(made.config.training, rows),
-        "padding": round(whole.padding(made.config.training.batch_size), 4) if whole else 0.0,
+        "steps_per_epoch": steps_per_epoch(prepared.config.training, rows),
+        "padding": round(whole.padding(prepared.config.training.batch_size), 4) if whole else 0.0,
         "truncated_documents": whole.truncated_documents if whole else 0,
         "truncated_tokens": whole.truncated_tokens if whole else 0,
         "longest": corpus.longest,
@@ -303,25 +304,25 @@ def add_embedding_noise(model: Decoder, alpha: float) -> None:
     model.embed_tokens.register_forward_hook(add_noise)
 
 
-def sample_prompt(made: Ingredients) -> Prompt:
+def sample_prompt(prepared: Prepared) -> Prompt:
     """What the model writes on at each validation: the prompt, or for conversations a question by default.
 
     Raises:
         ConfigError: the prompt is longer than the context.
     """
-    text, template, positions = made.config.watching.sample_prompt, made.template, made.model.config.max_seq_len
+    text, template = prepared.config.watching.sample_prompt, prepared.reading.template
+    positions = prepared.shape.max_seq_len
     if template is not None and not text:
-        return first_question(made, template, positions)
+        return first_question(prepared.texts, template, positions)
     given = text if template is None else template.prompt_ids([{"role": "user", "content": text}])
-    tokens = len(made.tokenizer.encode(given) if isinstance(given, str) else given)
+    tokens = len(prepared.tokenizer.encode(given) if isinstance(given, str) else given)
     if tokens >= positions:
         raise ConfigError(f"--sample_prompt is {tokens} tokens long and the context is {positions}; shorten the prompt")
     return Prompt(text, given)
 
 
-def first_question(made: Ingredients, template: Template, positions: int) -> Prompt:
+def first_question(texts: Texts, template: Template, positions: int) -> Prompt:
     """The first held-out conversation (or of all) up to its first answer that fits; an empty one where none does."""
-    texts = made.texts
     for document in texts.held_out_documents() if texts.hold_out else texts.training_documents():
         messages = from_document(document)
         first_answer = next(place for place, message in enumerate(messages) if message["role"] == "assistant")

@@ -191,8 +191,14 @@ def open_texts(options: TextOptions) -> Texts:
 
 
 def open_training_texts(options: DataOptions) -> Texts:
-    """As `open_texts`; of a text that is streamed the first shard, which stands for all before training begins."""
-    return open_texts(_of_first_shard(options) if options.streaming else options)
+    """As `open_texts`; of a text that is streamed the first shard, which stands for all before training begins.
+
+    Raises:
+        DataError: also when the text cannot fill one row, whatever the tokenizer.
+    """
+    texts = open_texts(_of_first_shard(options) if options.streaming else options)
+    _require_a_row(texts, options.max_seq_len)
+    return texts
 
 
 def open_run_texts(values: Mapping[str, Any], run: str) -> Texts:
@@ -214,8 +220,7 @@ def _of_first_shard(options: TextOptions) -> TextOptions:
     return options.model_copy(update={"data": str(first)})
 
 
-def require_a_row(texts: Texts, max_seq_len: int) -> None:
-    """Raise DataError when the text cannot fill one row, whatever the tokenizer."""
+def _require_a_row(texts: Texts, max_seq_len: int) -> None:
     if not texts.are_conversations and texts.train.num_bytes < max_seq_len:
         for _ in texts.train.documents():  # what is wrong inside comes first: it may be why there is so little
             pass

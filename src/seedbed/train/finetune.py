@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,67 +24,59 @@ from seedbed.optim import compiler_beside
 from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.announce import banner
-from seedbed.train.corpus import Corpus, Texts, open_training_texts, require_a_row, tokenize
-from seedbed.train.ingredients import Ingredients, reading_of, require_room, saved_tokenizer, template_for
+from seedbed.train.corpus import open_training_texts, tokenize
+from seedbed.train.ingredients import Ingredients, Prepared, reading_of, require_room, saved_tokenizer, template_for
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All of a fine-tuning run that needs no weights."""
-
-    config: Config
-    shape: DecoderConfig
-    adapter: Adapter | None
-    texts: Texts
-    known: Tokenizer
-    """The tokenizer as the model came with it."""
-    tokenizer: Tokenizer
-    """With new tokens and the template."""
-    template: Template | None
-    corpus: Corpus
 
 
 def from_pretrained_weights(start: Start, config: Config, display: Display) -> Ingredients:
     """Texts and rows in the model's own tokens; its weights, frozen where asked, or those of the checkpoint."""
     folder = base_folder(config.model.model)
-    made = prepare(config, folder, display, saved_tokenizer(start), start.run.path)
-    model = load_prepared(start, made, folder, display)
-    return Ingredients(made.config, made.texts, made.tokenizer, made.template, made.corpus, model, made.corpus.rows)
+    prepared = prepare_finetune(config, folder, display, start)
+    return Ingredients(prepared, load_prepared(start, prepared, folder, display), prepared.corpus.rows)
 
 
-def load_prepared(start: Start, made: Prepared, folder: Path, display: Display) -> Decoder:
+def load_prepared(start: Start, prepared: Prepared, folder: Path, display: Display) -> Decoder:
     """The model of `folder` as it is prepared for the run, or that of the checkpoint to go on from."""
-    with display.working(f"Loading {made.config.model.model}"), compiler_beside():
-        model = _adapted_model(start, made, folder) if made.adapter else _whole_model(start, made, folder)
+    load = _adapted_model if prepared.adapter else _whole_model
+    with display.working(f"Loading {prepared.config.model.model}"), compiler_beside():
+        model = load(start, prepared, folder)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    require_room(start.run.path, num_parameters(model.config), trained, adapter=made.adapter is not None)
+    require_room(start.run.path, num_parameters(model.config), trained, adapter=prepared.adapter is not None)
     return model
 
 
-def prepare(config: Config, folder: Path, display: Display, saved: Tokenizer | None, run: Path | None) -> Prepared:
-    """Read the texts as the model in `folder` will see them; with a run, its banner is shown."""
+def prepare_finetune(config: Config, folder: Path, display: Display, start: Start | None = None) -> Prepared:
+    """Texts and rows as the model in `folder` will see them; of a run that starts, the banner is shown.
+
+    Raises:
+        ConfigError, DataError: what is wrong with the options, the text or the model.
+    """
     shape = base_shape(folder)
     config = fit_context(config, shape)
-    data, adapt = config.data, config.adapt
-    adapter = make_adapter(shape, adapt) if config.with_lora else None
+    data = config.data
+    adapter = make_adapter(shape, config.adapt) if config.with_lora else None
     texts = open_training_texts(data)
-    require_a_row(texts, data.max_seq_len)
-    if run is not None:
-        banner(display, config, texts, run)
+    if start is not None:
+        banner(display, config, texts, start.run.path)
     known = Tokenizer.load(data.tokenizer or tokenizer_folder(folder))
     if (folder / "config.json").is_file():  # an adapter may have brought tokens of its own to its base
         require_match(shape, known, config.model.model)
-    template = template_for(config, texts, saved or known)
-    if adapter and not adapter.train_embeddings and template and template.new_tokens:
+    tokenizer = saved_tokenizer(start) or known
+    if adapter:
+        _require_trained_tokens(adapter, template_for(config, texts, tokenizer))
+    reading = reading_of(config, texts, tokenizer)
+    corpus = tokenize(texts, reading, data, config.training, display)
+    return Prepared(config, shape, texts, known, reading, corpus, adapter)
+
+
+def _require_trained_tokens(adapter: Adapter, template: Template | None) -> None:
+    if not adapter.train_embeddings and template and template.new_tokens:
         raise ConfigError(
             f"--chat_template {template.name} adds {', '.join(template.new_tokens)} to the vocabulary, and new tokens "
             "learn nothing while the embeddings are frozen; add --lora_embeddings, or choose --chat_template alpaca"
         )
-    reading = reading_of(config, texts, saved or known, adapt.add_tokens)
-    corpus = tokenize(texts, reading, data, config.training, display)
-    return Prepared(config, shape, adapter, texts, known, reading.tokenizer, reading.template, corpus)
 
 
 def base_folder(name: str) -> Path:
@@ -145,19 +136,20 @@ def make_adapter(shape: DecoderConfig, options: AdaptOptions) -> Adapter:
     )
 
 
-def _whole_model(start: Start, made: Prepared, folder: Path) -> Decoder:
+def _whole_model(start: Start, prepared: Prepared, folder: Path) -> Decoder:
+    adapt, known, wanted = prepared.config.adapt, prepared.base_tokenizer.vocab_size, prepared.tokenizer.vocab_size
     if start.checkpoint is not None:
         model = load_decoder(start.checkpoint)
     else:
         model, _ = load_model(folder)
         if model.adapter is not None:
             merge_adapter(model)
-        require_match(model.config, made.known, made.config.model.model)
-        grow_vocabulary(model, made.known.vocab_size, made.tokenizer.vocab_size)
+        require_match(model.config, prepared.base_tokenizer, prepared.config.model.model)
+        grow_vocabulary(model, known, wanted)
     model.requires_grad_(True)
-    _fit(model, made)
-    freeze(model, made.config.adapt.freeze, made.config.adapt.last_blocks)
-    if made.tokenizer.vocab_size > made.known.vocab_size and not model.embed_tokens.weight.requires_grad:
+    _fit(model, prepared)
+    freeze(model, adapt.freeze, adapt.last_blocks)
+    if wanted > known and not model.embed_tokens.weight.requires_grad:
         raise ConfigError(
             "new tokens learn nothing while the embeddings are frozen; leave --last_blocks and --freeze embeddings "
             "out, or add no tokens (--chat_template alpaca needs none)"
@@ -165,9 +157,9 @@ def _whole_model(start: Start, made: Prepared, folder: Path) -> Decoder:
     return model
 
 
-def _adapted_model(start: Start, made: Prepared, folder: Path) -> Decoder:
-    assert made.adapter is not None
-    name = made.config.model.model
+def _adapted_model(start: Start, prepared: Prepared, folder: Path) -> Decoder:
+    assert prepared.adapter is not None
+    name = prepared.config.model.model
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"--model {name} is an adapter, and an adapter on an adapter cannot be kept; merge it first: "
@@ -176,20 +168,20 @@ def _adapted_model(start: Start, made: Prepared, folder: Path) -> Decoder:
     model, _ = load_model(folder)
     fingerprint = distributed.on_first(lambda: weights_fingerprint(folder))
     model.base = Base(str(folder.resolve()) if Path(name).exists() else name, fingerprint)
-    grow_vocabulary(model, made.known.vocab_size, made.tokenizer.vocab_size)
-    _fit(model, made)
+    grow_vocabulary(model, prepared.base_tokenizer.vocab_size, prepared.tokenizer.vocab_size)
+    _fit(model, prepared)
     if start.checkpoint is not None:
         load_adapter(model, start.checkpoint)
     else:
-        torch.manual_seed(made.config.training.seed)
-        add_adapter(model, made.adapter)
+        torch.manual_seed(prepared.config.training.seed)
+        add_adapter(model, prepared.adapter)
     return model
 
 
-def _fit(model: Decoder, made: Prepared) -> None:
-    require_match(model.config, made.tokenizer, made.config.model.model)
-    if made.config.model.dropout is not None:
-        set_dropout(model, made.config.model.dropout)
+def _fit(model: Decoder, prepared: Prepared) -> None:
+    require_match(model.config, prepared.tokenizer, prepared.config.model.model)
+    if prepared.config.model.dropout is not None:
+        set_dropout(model, prepared.config.model.dropout)
 
 
 def hold_frozen(model: Decoder, config: Config, device: torch.device) -> None:

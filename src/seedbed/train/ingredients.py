@@ -1,7 +1,8 @@
-"""What `scratch.py`, `finetune.py` and `continual.py` bring to a job; `build.py` does the rest for all of them."""
+"""What `scratch.py`, `finetune.py` and `continual/prepare.py` bring to a job; `build.py` does the rest for all."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from seedbed.config import Config
 from seedbed.data import Reading
 from seedbed.data.rows import Rows
 from seedbed.errors import ConfigError
-from seedbed.model.decoder import Decoder
+from seedbed.model.config import DecoderConfig
+from seedbed.model.decoder import Adapter, Decoder
 from seedbed.text.template import CHATML_TOKENS, Template, find_template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.corpus import Corpus, Texts
@@ -20,22 +22,41 @@ from seedbed.train.resume import Start
 
 
 @dataclass(frozen=True)
-class Ingredients:
-    """The config with all that was found out written into it, the rows, and the model on the CPU."""
+class Prepared:
+    """All of a run that needs no weights."""
 
     config: Config
+    """With all that was found out written into it."""
+    shape: DecoderConfig
+    """Of the model before new tokens were added."""
     texts: Texts
-    tokenizer: Tokenizer
-    template: Template | None
+    base_tokenizer: Tokenizer
+    """As the pretrained model came with it; from scratch, as it was trained or named."""
+    reading: Reading
     corpus: Corpus
+    adapter: Adapter | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """With new tokens and the template."""
+        return self.reading.tokenizer
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """A prepared run and its model, which is on the CPU."""
+
+    prepared: Prepared
     model: Decoder
     rows: Rows
     """What is trained on: those of the corpus, and what is replayed beside them."""
     keeping: Keeping = NOTHING_TO_KEEP
 
 
-def saved_tokenizer(start: Start) -> Tokenizer | None:
+def saved_tokenizer(start: Start | None) -> Tokenizer | None:
     """The tokenizer of the run that goes on, if it got as far as having one."""
+    if start is None:
+        return None
     folder = start.checkpoint or start.run.path / "tokenizer"
     is_there = distributed.on_first(lambda: (folder / "tokenizer.json").exists())
     return Tokenizer.load(folder) if is_there else None
@@ -56,15 +77,15 @@ def template_for(config: Config, texts: Texts, tokenizer: Tokenizer) -> Template
     return find_template(tokenizer, config.data.chat_template, texts.train.format)
 
 
-def reading_of(config: Config, texts: Texts, tokenizer: Tokenizer, more: tuple[str, ...] = ()) -> Reading:
-    """How `texts` become tokens: with the template, and with the tokens that it needs and `more`."""
-    tokenizer = with_template(tokenizer, template_for(config, texts, tokenizer), more)
+def reading_of(config: Config, texts: Texts, tokenizer: Tokenizer) -> Reading:
+    """How `texts` become tokens: with the template, and with the tokens that it needs and the options add."""
+    tokenizer = with_template(tokenizer, template_for(config, texts, tokenizer), config.adapt.add_tokens)
     template = template_for(config, texts, tokenizer)  # under the tokenizer that knows its tokens
     return Reading(tokenizer, template, config.data.train_on_prompt)
 
 
-def with_template(tokenizer: Tokenizer, template: Template | None, more: tuple[str, ...] = ()) -> Tokenizer:
-    """The tokenizer with the tokens that are missing and the template, so that a checkpoint carries both."""
+def with_template(tokenizer: Tokenizer, template: Template | None, more: Sequence[str]) -> Tokenizer:
+    """The tokenizer with `more` tokens, those that the template needs, and the template itself."""
     if template is not None and (needed := template.new_tokens):
         ends = CHATML_TOKENS[-1] if CHATML_TOKENS[-1] in needed else None
         tokenizer = tokenizer.with_tokens(needed, eos_token=ends)

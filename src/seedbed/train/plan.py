@@ -20,17 +20,18 @@ from seedbed.schedule import Schedule
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.continual.memory import known_stages, trained_with
 from seedbed.train.continual.methods import inherit_learning_rate
-from seedbed.train.corpus import CHANGED, Corpus, Texts
+from seedbed.train.corpus import CHANGED
 from seedbed.train.estimate.footprint import parse_size
 from seedbed.train.estimate.forecast import NAME as MEMORY
 from seedbed.train.estimate.forecast import fitting, forecast
 from seedbed.train.estimate.workload import Workload
-from seedbed.train.finetune import base_folder, fit_context, planned_shape, prepare
+from seedbed.train.finetune import base_folder, fit_context, planned_shape, prepare_finetune
 from seedbed.train.guardrails import NAMES as GUARDRAIL_NAMES
 from seedbed.train.guardrails import Facts, check
+from seedbed.train.ingredients import Prepared
 from seedbed.train.length import length, make_schedule, steps_per_epoch
 from seedbed.train.progress import Display
-from seedbed.train.scratch import read_own_texts
+from seedbed.train.scratch import prepare_scratch
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,7 @@ def _pretraining(config: Config, display: Display) -> _Planned:
         vocab_size = (data.vocab_size or ASSUMED_VOCAB) if trained_here else Tokenizer.load(tokenizer).vocab_size
         shape = decoder_config(config.model, data, vocab_size)
         return _Planned(Workload(config, shape), vocab_size, num_parameters(shape), check(Facts(config)))
-    decoder_config(config.model, data, data.vocab_size or ASSUMED_VOCAB)  # contradictions first
-    read = read_own_texts(config, display, None, None)
-    shape = decoder_config(config.model, data, read.tokenizer.vocab_size)
-    workload, findings = _with_rows(Workload(config, shape), read.texts, read.corpus, None)
-    return _Planned(workload, shape.vocab_size, num_parameters(shape), findings)
+    return _with_data(prepare_scratch(config, display))
 
 
 def _finetuning(config: Config, display: Display) -> _Planned:
@@ -106,25 +103,25 @@ def _finetuning(config: Config, display: Display) -> _Planned:
     folder = base_folder(model)
     if config.continues:
         config = inherit_learning_rate(config, known_stages(folder, config.keeping.rollback_to)[1])
-    made = prepare(config, folder, display, None, None)
-    grown = replace(made.shape, vocab_size=max(made.shape.vocab_size, made.tokenizer.vocab_size))
     stored = float(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
-    workload = Workload(made.config, grown, stored_bytes=stored)
-    workload, findings = _with_rows(workload, made.texts, made.corpus, made.shape.max_seq_len)
-    return _Planned(workload, made.shape.vocab_size, num_parameters(made.shape), findings)
+    return _with_data(prepare_finetune(config, folder, display), stored)
 
 
-def _with_rows(
-    workload: Workload, texts: Texts, corpus: Corpus, model_max_seq_len: int | None
-) -> tuple[Workload, list[Finding]]:
+def _with_data(prepared: Prepared, stored_bytes: float = 0.0) -> _Planned:
     """The run with its rows and its length, and what the guardrails say of it."""
-    config, held = workload.config, corpus.validation
+    config, shape, corpus = prepared.config, prepared.shape, prepared.corpus
     _, steps = length(config, corpus.rows)
-    schedule = make_schedule(config.training, steps)
-    overlap = [] if config.continues else texts.overlap()
-    findings = [*look_ahead(config, texts, corpus, schedule, model_max_seq_len), *overlap]
-    held_out = () if held is None else (held.rows,)
-    return replace(workload, rows=corpus.rows, held_out=held_out, steps=steps), findings
+    workload = Workload(
+        config,
+        replace(shape, vocab_size=max(shape.vocab_size, prepared.tokenizer.vocab_size)),
+        rows=corpus.rows,
+        held_out=() if corpus.validation is None else (corpus.validation.rows,),
+        steps=steps,
+        stored_bytes=stored_bytes,
+    )
+    overlap = [] if config.continues else prepared.texts.overlap()
+    findings = [*look_ahead(prepared, make_schedule(config.training, steps)), *overlap]
+    return _Planned(workload, shape.vocab_size, num_parameters(shape), findings)
 
 
 def _shown(config: Config, findings: list[Finding]) -> list[dict[str, Any]]:
@@ -145,15 +142,14 @@ def _peak_of(model: str) -> float | None:
     return rate if isinstance(rate, float) else None
 
 
-def look_ahead(
-    config: Config, texts: Texts, corpus: Corpus, schedule: Schedule, model_max_seq_len: int | None
-) -> list[Finding]:
+def look_ahead(prepared: Prepared, schedule: Schedule) -> list[Finding]:
     """What the guardrails and the data's own mistakes say about a run before it starts."""
-    rows = corpus.rows
+    config, texts, corpus = prepared.config, prepared.texts, prepared.corpus
+    rows, from_scratch = corpus.rows, config.regime == "scratch"
     facts = Facts(
         config=config,
-        model_max_seq_len=model_max_seq_len,
-        trained_at=None if config.regime == "scratch" else _peak_of(config.model.model),
+        model_max_seq_len=None if from_scratch else prepared.shape.max_seq_len,
+        trained_at=None if from_scratch else _peak_of(config.model.model),
         total_steps=schedule.total_steps,
         warmup_steps=schedule.warmup_steps,
         documents=corpus.num_documents,
@@ -165,7 +161,7 @@ def look_ahead(
         trained_tokens=rows.num_targets,
     )
     findings = check(facts)
-    if config.regime == "scratch":
+    if from_scratch:
         return findings
     train, held_out = texts.training_documents(), texts.held_out_documents()
     numbers, held_out_numbers = texts.rows()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,55 +14,41 @@ from seedbed.model.decoder import Decoder, num_parameters
 from seedbed.model.shape import ASSUMED_VOCAB, decoder_config
 from seedbed.model.weights import load_decoder
 from seedbed.optim import compiler_beside
-from seedbed.text.template import Template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.announce import banner
-from seedbed.train.corpus import Corpus, Texts, make_tokenizer, open_training_texts, require_a_row, tokenize
-from seedbed.train.ingredients import Ingredients, reading_of, require_room, saved_tokenizer
+from seedbed.train.corpus import make_tokenizer, open_training_texts, tokenize
+from seedbed.train.ingredients import Ingredients, Prepared, reading_of, require_room, saved_tokenizer
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start
 
 
 def from_random_weights(start: Start, config: Config, display: Display) -> Ingredients:
-    """Texts, tokenizer and rows as the options have them, and fresh weights or those of the checkpoint."""
-    data = config.data
-    decoder_config(config.model, data, data.vocab_size or ASSUMED_VOCAB)  # contradictions first
-    own = read_own_texts(config, display, saved_tokenizer(start), start.run.path)
-    shape = decoder_config(config.model, data, own.tokenizer.vocab_size)
+    """Rows in tokens of their own, and fresh weights or those of the checkpoint."""
+    prepared = prepare_scratch(config, display, start)
+    shape = prepared.shape
     parameters = num_parameters(shape)
     require_room(start.run.path, parameters, parameters, adapter=False)
     with compiler_beside():
-        model = initial_model(shape, start.checkpoint, own.tokenizer, config.training.seed)
-    return Ingredients(
-        with_shape(config, shape), own.texts, own.tokenizer, own.template, own.corpus, model, own.corpus.rows
-    )
+        model = initial_model(shape, start.checkpoint, prepared.tokenizer, config.training.seed)
+    return Ingredients(prepared, model, prepared.corpus.rows)
 
 
-@dataclass(frozen=True)
-class OwnTexts:
-    """All of a run from scratch that needs no weights."""
-
-    texts: Texts
-    tokenizer: Tokenizer
-    template: Template | None
-    corpus: Corpus
-
-
-def read_own_texts(config: Config, display: Display, saved: Tokenizer | None, run: Path | None) -> OwnTexts:
-    """Texts, tokenizer and rows as the options have them; with a run, its banner is shown.
+def prepare_scratch(config: Config, display: Display, start: Start | None = None) -> Prepared:
+    """Texts, tokenizer and rows as the options have them; of a run that starts, the banner is shown.
 
     Raises:
         ConfigError, DataError: what is wrong with the options or the text.
     """
     data = config.data
+    decoder_config(config.model, data, data.vocab_size or ASSUMED_VOCAB)  # contradictions first
     texts = open_training_texts(data)
-    require_a_row(texts, data.max_seq_len)
-    if run is not None:
-        banner(display, config, texts, run)
-    tokenizer = saved or make_tokenizer(data, texts, display)
+    if start is not None:
+        banner(display, config, texts, start.run.path)
+    tokenizer = saved_tokenizer(start) or make_tokenizer(data, texts, display)
     reading = reading_of(config, texts, tokenizer)
     corpus = tokenize(texts, reading, data, config.training, display)
-    return OwnTexts(texts, reading.tokenizer, reading.template, corpus)
+    shape = decoder_config(config.model, data, reading.tokenizer.vocab_size)
+    return Prepared(with_shape(config, shape), shape, texts, tokenizer, reading, corpus)
 
 
 def with_shape(config: Config, shape: DecoderConfig) -> Config:

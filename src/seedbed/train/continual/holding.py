@@ -24,7 +24,7 @@ from seedbed.text.template import find_template
 from seedbed.train.continual.anchors import PredictionAnchor, WeightAnchor, diagonal_fisher
 from seedbed.train.continual.memory import FISHER_FILE, SELF_REPLAY_FILE, Memory
 from seedbed.train.corpus import store_documents
-from seedbed.train.finetune import Prepared
+from seedbed.train.ingredients import Prepared
 from seedbed.train.job import Validation, batches_of
 from seedbed.train.length import step_limit, steps_per_epoch
 from seedbed.train.progress import Display
@@ -35,20 +35,20 @@ WRITTEN_AT_ONCE = 32
 FISHER_TOKENS = 8192  # of each domain
 
 
-def reading_of_stored(stage_format: str, made: Prepared) -> Reading:
-    """How stored documents of a format are read by the model as it is now."""
+def reading_of_stored(stage_format: str, reading: Reading) -> Reading:
+    """How stored documents of a format become tokens, where the run's own are read so."""
     if stage_format == "text":
-        return Reading(made.tokenizer)
-    if made.template is not None:
-        return Reading(made.tokenizer, made.template, made.config.data.train_on_prompt)
-    return Reading(made.tokenizer, find_template(made.tokenizer, None, stage_format))
+        return Reading(reading.tokenizer)
+    if reading.template is not None:
+        return reading
+    return Reading(reading.tokenizer, find_template(reading.tokenizer, None, stage_format))
 
 
 def rows_with_replay(
-    made: Prepared, memory: Memory, load_old: Callable[[], Decoder], run: Path, display: Display
+    prepared: Prepared, memory: Memory, load_old: Callable[[], Decoder], run: Path, display: Display
 ) -> Rows:
     """The new domain's rows, and beside them in their shares the stored text and the model's own."""
-    config, new = made.config, made.corpus.rows
+    config, new = prepared.config, prepared.corpus.rows
     keeping, data, seed = config.keeping, config.data, config.training.seed
     stored = [stage for stage in memory.earlier if stage.reserve_bytes] if keeping.replay else []
     replay, self_replay = keeping.replay or 0.0, keeping.self_replay or 0.0
@@ -58,7 +58,7 @@ def rows_with_replay(
     targets = replay_targets(new.num_targets, replay / (1 - self_replay), len(stored)) if stored else []
     parts = [new]
     for stage, num_targets in zip(stored, targets, strict=True):
-        reading = reading_of_stored(stage.format, made)
+        reading = reading_of_stored(stage.format, prepared.reading)
         documents = memory.reserve(stage.domain)
         store = store_documents(documents, stage.format, reading, f"the reserve of {stage.domain}", display)
         if num_targets:
@@ -67,8 +67,8 @@ def rows_with_replay(
     if self_replay:
         [num_targets] = replay_targets(new.num_targets, self_replay / (1 - replay), 1)
         needed = math.ceil(num_targets * _share_of_epoch(config.training, new))
-        documents = own_texts(made, load_old, needed, run / SELF_REPLAY_FILE, display)
-        store = store_documents(documents, "text", Reading(made.tokenizer), "the model's own text", display)
+        documents = own_texts(prepared, load_old, needed, run / SELF_REPLAY_FILE, display)
+        store = store_documents(documents, "text", Reading(prepared.tokenizer), "the model's own text", display)
         everything = np.arange(store.num_documents)
         parts.append(replay_rows(store, everything, data.max_seq_len, seed, num_targets))
     mixed = MixedRows(parts, seed)
@@ -84,7 +84,7 @@ def _share_of_epoch(training: TrainingOptions, rows: Rows) -> float:
 
 
 def own_texts(
-    made: Prepared, load_old: Callable[[], Decoder], num_tokens: int, path: Path, display: Display
+    prepared: Prepared, load_old: Callable[[], Decoder], num_tokens: int, path: Path, display: Display
 ) -> list[str]:
     """Texts that a model writes from the beginning of a document, of `num_tokens` together; written once a run.
 
@@ -95,19 +95,21 @@ def own_texts(
     """
     if path.exists():
         return list(read_documents(path))
-    training, model = made.config.training, load_old()
-    length = min(made.config.data.max_seq_len, model.config.max_seq_len)
+    config, training, model = prepared.config, prepared.config.training, load_old()
+    length = min(config.data.max_seq_len, model.config.max_seq_len)
     texts: list[str] = []
     written, batch = 0, 0
     with display.counting_tokens("Writing text to replay", num_tokens) as report:
         while written < num_tokens:
             options = OWN_TEXT.model_copy(update={"max_new_tokens": length, "seed": training.seed + batch})
             with autocast(next(model.parameters()).device, _precision(training)):
-                made_now = generate(model, made.tokenizer, [""] * WRITTEN_AT_ONCE, options, batch_size=WRITTEN_AT_ONCE)
-            completions = [completion for completion in made_now if completion.text.strip()]
+                written_now = generate(
+                    model, prepared.tokenizer, [""] * WRITTEN_AT_ONCE, options, batch_size=WRITTEN_AT_ONCE
+                )
+            completions = [completion for completion in written_now if completion.text.strip()]
             if not completions:
                 raise ConfigError(
-                    f"--self_replay: {made.config.model.model} writes nothing when it begins a document; name text of "
+                    f"--self_replay: {config.model.model} writes nothing when it begins a document; name text of "
                     "what it knew with --general_data, and replay that: --replay"
                 )
             written += sum(len(completion.token_ids) for completion in completions)

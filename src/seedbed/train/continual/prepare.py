@@ -10,6 +10,7 @@ import atexit
 import math
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +22,12 @@ from seedbed.device import pick_device
 from seedbed.model.decoder import Decoder
 from seedbed.runs.history import BASE
 from seedbed.train.continual.conclude import Conclusion
-from seedbed.train.continual.holding import make_anchors, reading_of_stored, rows_with_replay
+from seedbed.train.continual.holding import Anchors, make_anchors, reading_of_stored, rows_with_replay
 from seedbed.train.continual.memory import FISHER_FILE, SELF_REPLAY_FILE, Memory, begin_memory, recall, refuse_overlap
 from seedbed.train.continual.methods import choose_methods, inherit_learning_rate
 from seedbed.train.corpus import store_documents, validation_rows
-from seedbed.train.finetune import Prepared, load_prepared, prepare
-from seedbed.train.ingredients import Ingredients, saved_tokenizer
+from seedbed.train.finetune import load_prepared, prepare_finetune
+from seedbed.train.ingredients import Ingredients, Prepared
 from seedbed.train.job import Earlier, Keeping, Validation
 from seedbed.train.measure import Meter, measure
 from seedbed.train.progress import Display
@@ -41,36 +42,55 @@ def from_earlier_model(start: Start, config: Config, display: Display) -> Ingred
         ConfigError, DataError, CheckpointError: what is wrong, before any training.
     """
     run = _own_folder(start.run.path)
-    memory = recall(run, config)
-    begun = memory is not None
-    memory = memory or begin_memory(config, run, display)
+    recalled = recall(run, config)
+    memory = recalled or begin_memory(config, run, display)
     folder = _weights_below(memory.origin) if config.with_lora else memory.origin
-    if not begun:
-        config = inherit_learning_rate(config, memory.origin)
-        config, why = choose_methods(config, memory)
-        refuse_overlap(memory, config, display)
-        memory = memory.with_learning(replace(memory.learning, why=why, method=_account(config)))
-    made = prepare(config, folder, display, saved_tokenizer(start), run)
-    config = made.config
+    if recalled is None:
+        config, memory = _choose(config, memory, display)
+    prepared = prepare_finetune(config, folder, display, start)
+    config = prepared.config
     device = pick_device(config.training.device)
 
     def load_old() -> Decoder:
-        return load_prepared(replace(start, checkpoint=None), made, folder, display).to(device)
+        return load_prepared(replace(start, checkpoint=None), prepared, folder, display).to(device)
 
-    model = load_prepared(start, made, folder, display).to(device)
-    texts = _held_out_texts(memory, made, display)
-    if not begun:
-        with display:
-            old = load_old() if start.checkpoint else model
-            figures = measure(Meter(old, device, config.training), texts, StopRequest(), display)
-        learning = replace(memory.learning, before=figures or {}, max_seq_len=config.data.max_seq_len)
-        memory = memory.with_learning(learning)
+    model = load_prepared(start, prepared, folder, display).to(device)
+    texts = _held_out_texts(memory, prepared, display)
+    if recalled is None:
+        meter = Meter(load_old() if start.checkpoint else model, device, config.training)
+        memory = _measured(memory, meter, texts, config.data.max_seq_len, display)
     _announce(memory, texts, display)
-    rows = rows_with_replay(made, memory, load_old if start.checkpoint else lambda: model, run, display)
+    rows = rows_with_replay(prepared, memory, load_old if start.checkpoint else lambda: model, run, display)
     anchors = make_anchors(load_old, config, model, texts, memory, run, display)
     memory.keep()
-    before = memory.learning.before
-    keeping = Keeping(
+    return Ingredients(prepared, model, rows, _keeping(config, memory, texts, anchors, load_old))
+
+
+def _choose(config: Config, memory: Memory, display: Display) -> tuple[Config, Memory]:
+    """The config with the rate and the methods that are taken for the new domain; the memory says which and why."""
+    config = inherit_learning_rate(config, memory.origin)
+    config, why = choose_methods(config, memory)
+    refuse_overlap(memory, config, display)
+    return config, memory.with_learning(replace(memory.learning, why=why, method=_account(config)))
+
+
+def _measured(memory: Memory, meter: Meter, texts: dict[str, Validation], max_seq_len: int, display: Display) -> Memory:
+    """The memory with what each domain's held-out text costs the old model."""
+    with display:
+        before = measure(meter, texts, StopRequest(), display) or {}
+    return memory.with_learning(replace(memory.learning, before=before, max_seq_len=max_seq_len))
+
+
+def _keeping(
+    config: Config,
+    memory: Memory,
+    texts: dict[str, Validation],
+    anchors: Anchors,
+    load_old: Callable[[], Decoder],
+) -> Keeping:
+    keeping, before = config.keeping, memory.learning.before
+    most = math.inf if keeping.max_forgetting is None else keeping.max_forgetting
+    return Keeping(
         weight_anchors=anchors.of_weights,
         prediction_anchors=anchors.of_predictions,
         earlier=tuple(
@@ -78,12 +98,11 @@ def from_earlier_model(start: Start, config: Config, display: Display) -> Ingred
             for stage in memory.earlier
             if stage.domain in texts
         ),
-        max_forgetting=_limit(config),
-        on_forgetting=config.keeping.on_forgetting,
+        max_forgetting=most,
+        on_forgetting=keeping.on_forgetting,
         companions=memory.folder,
-        conclude=Conclusion(memory, texts, load_old, bool(config.keeping.interpolate), _limit(config)),
+        conclude=Conclusion(memory, texts, load_old, bool(keeping.interpolate), most),
     )
-    return Ingredients(config, made.texts, made.tokenizer, made.template, made.corpus, model, rows, keeping)
 
 
 def _own_folder(run: Path) -> Path:
@@ -116,19 +135,14 @@ def _weights_below(origin: Path) -> Path:
     return find_base(origin) if (origin / ADAPTER_FILE).is_file() else origin
 
 
-def _limit(config: Config) -> float:
-    limit = config.keeping.max_forgetting
-    return math.inf if limit is None else limit
-
-
-def _held_out_texts(memory: Memory, made: Prepared, display: Display) -> dict[str, Validation]:
+def _held_out_texts(memory: Memory, prepared: Prepared, display: Display) -> dict[str, Validation]:
     """Rows to measure each domain on, for those of which something was held out."""
-    texts = {}
+    config, texts = prepared.config, {}
     for stage in memory.history.stages:
         if documents := memory.held_out(stage.domain):
-            reading = reading_of_stored(stage.format, made)
+            reading = reading_of_stored(stage.format, prepared.reading)
             store = store_documents(documents, stage.format, reading, f"held-out {stage.domain}", display)
-            texts[stage.domain] = validation_rows(store, made.config.data, made.config.training.seed)
+            texts[stage.domain] = validation_rows(store, config.data, config.training.seed)
     return texts
 
 

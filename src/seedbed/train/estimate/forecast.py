@@ -184,8 +184,8 @@ def forecast_run(
     made: Ingredients, optimizer: torch.optim.Optimizer, state: TrainingState, total_steps: int | None
 ) -> Forecast:
     """What a run that is about to start, or to go on, will take; its model and its random states stay as they are."""
-    config, model = made.config, made.model
-    validations = [made.corpus.validation, *(known.validation for known in made.keeping.earlier)]
+    config, model = made.prepared.config, made.model
+    validations = [made.prepared.corpus.validation, *(known.validation for known in made.keeping.earlier)]
     parameters, trained = sizes_of(model)
     held = (*map(own_part, model.parameters()), *optimizer_tensors(model, optimizer).values())
     workload = Workload(

@@ -255,7 +255,7 @@ def begin(small_text_file: Path, tmp_path: Path) -> Callable[..., Begun]:
         start = open_run(run)
         assert isinstance(start, Start)
         made = from_random_weights(start, run, Display(Console(file=io.StringIO()), 100))
-        _, steps = length(made.config, made.rows)
+        _, steps = length(made.prepared.config, made.rows)
         return Begun(made, build_optimizer(made.model, run.training), TrainingState(), steps)
 
     return make
