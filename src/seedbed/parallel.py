@@ -17,7 +17,7 @@ from seedbed.device import Precision
 from seedbed.lora import add_adapter
 from seedbed.model.decoder import Decoder
 
-Method = Literal["ddp", "fsdp"]
+Strategy = Literal["ddp", "fsdp"]
 T = TypeVar("T")
 
 
@@ -31,11 +31,11 @@ class Spread:
     """Told before each forward pass of an update whether it is the last, which adds up over the processes."""
 
 
-def spread(model: Decoder, method: Method, device: torch.device, precision: Precision) -> Spread:
+def spread(model: Decoder, strategy: Strategy, device: torch.device, precision: Precision) -> Spread:
     """Get `model` ready for the processes there are, on `device`; its parameters are the ones to optimize then."""
     if distributed.size() == 1:
         return Spread(model.to(device), lambda _last: None)
-    return _replicate(model.to(device)) if method == "ddp" else _shard(model, device, precision)
+    return _replicate(model.to(device)) if strategy == "ddp" else _shard(model, device, precision)
 
 
 def _replicate(model: Decoder) -> Spread:

@@ -22,7 +22,7 @@ from seedbed.errors import ConfigError
 from seedbed.generate import generate
 from seedbed.runs.folder import read_records, read_summary
 from seedbed.train import loop, saving, step
-from seedbed.train.build import pick_method
+from seedbed.train.build import pick_strategy
 from seedbed.train.spikes import RecentLosses, Usual
 from tests.runs.conftest import KEEPING, TINY, events
 from tests.runs.processes import start_together, wait_for
@@ -233,9 +233,9 @@ def test_half_precision_without_scaling_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(distributed, "size", lambda: 2)
     for parallel, expected in (("ddp", "ddp"), ("auto", "ddp")):
         config = resolve("scratch", [Layer(FLAGS, {"parallel": parallel})])
-        assert pick_method(config, torch.device("cuda"), "fp16") == expected
+        assert pick_strategy(config, torch.device("cuda"), "fp16") == expected
     with pytest.raises(ConfigError, match="--parallel fsdp: cuda takes fp16"):
-        pick_method(resolve("scratch", [Layer(FLAGS, {"parallel": "fsdp"})]), torch.device("cuda"), "fp16")
+        pick_strategy(resolve("scratch", [Layer(FLAGS, {"parallel": "fsdp"})]), torch.device("cuda"), "fp16")
 
 
 def test_all_stop_early_together(together: Together, tmp_path: Path) -> None:

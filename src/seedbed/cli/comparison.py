@@ -7,7 +7,7 @@ from itertools import combinations
 from textwrap import wrap
 
 from seedbed.runs.columns import COLUMNS, cell, score
-from seedbed.runs.compare import UNITS, Answers, Comparison, Group, Measure, spread
+from seedbed.runs.compare import UNITS, Answers, Comparison, Group, Measure, plus_minus
 from seedbed.runs.curves import WINDOW, Axis, Curve
 from seedbed.runs.folder import FINISHED
 from seedbed.runs.grid import GAP, cut, cut_apart, markdown_grid, printable, text_grid
@@ -129,7 +129,7 @@ def _groups(groups: Sequence[Group]) -> Grid:
 
 
 def _mean(mean: float | None, deviation: float | None, group: Group) -> str:
-    return "-" if mean is None else spread(mean, deviation, len(group.seeds))
+    return "-" if mean is None else plus_minus(mean, deviation, len(group.seeds))
 
 
 def _curve(comparison: Comparison, curve: Curve) -> Grid:

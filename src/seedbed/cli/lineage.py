@@ -14,7 +14,7 @@ from seedbed.cli.console import print_json
 from seedbed.errors import CheckpointError, ConfigError
 from seedbed.runs.history import History, Stage, find_history
 from seedbed.runs.lineage import (
-    Row,
+    MatrixRow,
     against,
     backward_transfer,
     forgetting,
@@ -143,7 +143,7 @@ def _place(stage: Stage) -> str:
     return f"{place} (its model is missing: {stage.model})" if gone else place
 
 
-def _table(rows: Sequence[Row], domains: Sequence[str]) -> Iterator[str]:
+def _table(rows: Sequence[MatrixRow], domains: Sequence[str]) -> Iterator[str]:
     """Stages down, domains across; columns that do not fit follow in a further block."""
     measured = [domain for domain in domains if any(domain in row.figures for row in rows)]
     label = max(len(_short(row.domain)) for row in rows)
@@ -156,7 +156,7 @@ def _table(rows: Sequence[Row], domains: Sequence[str]) -> Iterator[str]:
             yield f"{_short(row.domain):<{label}}" + "".join(f"  {_cell(row, domain):>{column}}" for domain in block)
 
 
-def _cell(row: Row, domain: str) -> str:
+def _cell(row: MatrixRow, domain: str) -> str:
     figure = row.figures.get(domain)
     return f"{figure.bits_per_byte:.4f} ({figure.loss:.4f})" if figure else "-"
 

@@ -230,7 +230,9 @@ def _verdict(runs: Sequence[RunInfo], first: Group, second: Group) -> str:
 
 def _sentence(better: Group, worse: Group, values: Sequence[Sequence[float]], measure: Measure, gap: Difference) -> str:
     because = "" if measure == "val_loss" else " (their tokens may differ, so losses do not compare)"
-    means = " against ".join(spread(fmean(each), stdev(each) if len(each) > 1 else None, len(each)) for each in values)
+    means = " against ".join(
+        plus_minus(fmean(each), stdev(each) if len(each) > 1 else None, len(each)) for each in values
+    )
     by = f"{-gap.mean:.4f} {UNITS[measure]}{because}, {means}"
     if gap.exceeds_noise is False:
         return f"no clear difference: {better.name} and {worse.name} are apart by {by}"
@@ -250,9 +252,9 @@ def _noise(better: Group, worse: Group, gap: Difference) -> str:
     return f"that {says} the seeds' noise (95 % interval {low:.4f} to {high:.4f}{whose})."
 
 
-def spread(mean: float, deviation: float | None, count: int) -> str:
+def plus_minus(mean: float, deviation: float | None, count: int) -> str:
     """
-    >>> spread(0.78534, 0.00147, 3), spread(0.9, None, 1)
+    >>> plus_minus(0.78534, 0.00147, 3), plus_minus(0.9, None, 1)
     ('0.7853 ± 0.0015 (3)', '0.9000')
     """
     return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f} ({count})"

@@ -14,7 +14,7 @@ from seedbed.runs.history import Figure, History, Stage
 
 
 @dataclass(frozen=True)
-class Row:
+class MatrixRow:
     """What a model could do after one stage."""
 
     domain: str
@@ -24,7 +24,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AgainstNaive:
     """One way to learn a domain against learning it naively."""
 
     gain_share: float
@@ -33,15 +33,15 @@ class Comparison:
     """1 - this stage's mean rise in bits per byte on earlier domains / the naive stage's; None if it forgot nothing."""
 
 
-def matrix(history: History) -> list[Row]:
+def matrix(history: History) -> list[MatrixRow]:
     """For every stage, the base first, the figures of all domains known by then, after it.
 
     The base's are those at the beginning of the first stage, with the figure of that stage's domain before it was
     learnt.
     """
-    rows = [Row(stage.domain, stage.after) for stage in history.stages]
+    rows = [MatrixRow(stage.domain, stage.after) for stage in history.stages]
     if len(rows) > 1:
-        rows[0] = Row(rows[0].domain, {**rows[0].figures, **history.stages[1].before})
+        rows[0] = MatrixRow(rows[0].domain, {**rows[0].figures, **history.stages[1].before})
     return rows
 
 
@@ -83,7 +83,7 @@ def gain_kept(history: History, domain: str) -> float | None:
     return (stage.before[domain].bits_per_byte - now[domain].bits_per_byte) / gain
 
 
-def against(stage: Stage, naive: Stage) -> Comparison | None:
+def against(stage: Stage, naive: Stage) -> AgainstNaive | None:
     """How a stage compares with a naive one that learnt the same domain; both should begin from the same model.
 
     gain_share = (before - after) / naive (before - after), in bits per byte of their own domain.
@@ -97,7 +97,7 @@ def against(stage: Stage, naive: Stage) -> Comparison | None:
     both = rises.keys() & naive_rises.keys()
     naive_rise = fmean(naive_rises[domain] for domain in both) if both else 0.0
     avoided = 1 - fmean(rises[domain] for domain in both) / naive_rise if naive_rise > 0 else None
-    return Comparison(gain / naive_gain, avoided)
+    return AgainstNaive(gain / naive_gain, avoided)
 
 
 def method_in_words(method: Mapping[str, Any]) -> str:

@@ -13,10 +13,10 @@ from seedbed.errors import CheckpointError, ConfigError, DataError
 from seedbed.model.shape import ASSUMED_VOCAB, decoder_config
 from seedbed.text.hub import HUB_ID
 
-Reading = tuple[str, str, str]
+HowToRead = tuple[str, str, str]
 """Column of the text in tables, rule for documents, format."""
 
-Look = Callable[[str, str, Reading | None], str | None]
+Look = Callable[[str, str, HowToRead | None], str | None]
 
 
 def unfit_inputs(config: Config, look: Look) -> Iterator[str]:
@@ -43,7 +43,7 @@ def unfit_inputs(config: Config, look: Look) -> Iterator[str]:
         yield from _missing_folder("--model", config.model.model)
 
 
-def unfit_text(flag: str, text: str, reading: Reading | None) -> str | None:
+def unfit_text(flag: str, text: str, reading: HowToRead | None) -> str | None:
     """Why a text cannot be opened, or, without a reading, because it is streamed, be found; None where it can.
 
     What comes over the network is not looked at.

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from seedbed.disk import write_atomically
 from seedbed.errors import MissingExtra
-from seedbed.runs.compare import compare, group_by_seed, spread
+from seedbed.runs.compare import compare, group_by_seed, plus_minus
 from seedbed.runs.folder import read_summary
 from seedbed.runs.info import RunInfo, is_run
 from seedbed.runs.query import select
@@ -88,7 +88,7 @@ def what_it_means(runs: Sequence[RunInfo]) -> list[str]:
     if all(group.deviation is None for group in groups):
         return ["Differences may be luck: with `seeds: [0, 1, 2]` in the file, their spread tells."]
     means = [
-        f"{group.name}: validation loss {spread(group.val_loss, group.deviation, len(group.members))}"
+        f"{group.name}: validation loss {plus_minus(group.val_loss, group.deviation, len(group.members))}"
         for group in best_first.groups
         if group.val_loss is not None
     ]

@@ -47,8 +47,8 @@ OF_FORMAT = {"alpaca": "alpaca", "qa": "qa", "chat": "alpaca", "completion": "pl
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
-# Parts of an answer that are not its content; where a message has one, its content alone is not the answer.
-BESIDE_CONTENT = ("tool_calls", "reasoning_content")
+# Parts of an answer beside its content; where a message has one, its content alone is not the answer.
+ANSWER_PARTS = ("tool_calls", "reasoning_content")
 
 PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
 
@@ -191,7 +191,7 @@ class Template:
                 said[place] = self._end.sub("", text[begin:end].strip())
                 if not said[place]:
                     raise DataError(
-                        f"chat template {self.name} prints nothing of an answer's {' or '.join(BESIDE_CONTENT)} in "
+                        f"chat template {self.name} prints nothing of an answer's {' or '.join(ANSWER_PARTS)} in "
                         f"{_describe(messages)}; choose a --chat_template that does, or leave such rows out"
                     )
         return said
@@ -403,7 +403,7 @@ def _answering(messages: Sequence[Message]) -> list[Message]:
 
 def _has_more(message: Message) -> bool:
     """Whether there is more to an answer than its content."""
-    return any(map(message.get, BESIDE_CONTENT))
+    return any(map(message.get, ANSWER_PARTS))
 
 
 def _with_answers(messages: Sequence[Message], change: Callable[[str], str]) -> list[Message]:

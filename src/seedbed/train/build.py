@@ -23,7 +23,7 @@ from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder, num_parameters
 from seedbed.model.shape import ASSUMED_VOCAB, decoder_config
 from seedbed.optim import build_optimizer, load_optimizer_tensors
-from seedbed.parallel import Method, spread
+from seedbed.parallel import Strategy, spread
 from seedbed.runs.folder import RECORD_FILES
 from seedbed.schedule import Schedule
 from seedbed.text.template import Template
@@ -57,17 +57,17 @@ def build_job(start: Start, display: Display) -> Job:
     device = distributed.local_device(pick_device(start.config.training.device))
     precision = pick_precision(start.config.training.precision, device)
     config = settled(start.config, precision)
-    method = pick_method(config, device, precision)
-    made = gather(start, config, method, display)
+    strategy = pick_strategy(config, device, precision)
+    made = gather(start, config, strategy, display)
     prepared, config, texts = made.prepared, made.prepared.config, made.prepared.texts
     training, watching = config.training, config.watching
     sample = sample_prompt(prepared)
 
     model = made.model
     make_ready(model, config, device)
-    if method != "fsdp":
+    if strategy != "fsdp":
         model.to(device)
-    shared = spread(model, method, device, precision)
+    shared = spread(model, strategy, device, precision)
     optimizer = build_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     state = restore(checkpoint, model, optimizer, scaler)
@@ -111,13 +111,13 @@ def build_job(start: Start, display: Display) -> Job:
     )
 
 
-def gather(start: Start, config: Config, method: Method, display: Display) -> Ingredients:
+def gather(start: Start, config: Config, strategy: Strategy, display: Display) -> Ingredients:
     """The texts, rows and weights of a run, the same texts in all processes."""
     if distributed.size() == 1 and config.is_given("parallel"):
         display.line("One process: --parallel has nothing to share; start several with torchrun (docs/distributed.md)")
-    if method == "ddp":  # parts of weights come and go in sizes that never fit again
+    if strategy == "ddp":  # parts of weights come and go in sizes that never fit again
         keep_memory()
-    with distributed.weights_in_first_only(method == "fsdp"):
+    with distributed.weights_in_first_only(strategy == "fsdp"):
         made = gatherer(config)(start, config, display)
     require_same_text(made.prepared.texts)
     return made
@@ -144,7 +144,7 @@ def settled(config: Config, precision: Precision) -> Config:
     return config
 
 
-def pick_method(config: Config, device: torch.device, precision: Precision) -> Method:
+def pick_strategy(config: Config, device: torch.device, precision: Precision) -> Strategy:
     """How the processes share the model; for `auto` whole, unless its training state fills more than half a GPU.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from seedbed.runs.history import BASE, Figure, History, Stage
-from seedbed.runs.lineage import Row, against, backward_transfer, forgetting, gain_kept, matrix, method_in_words
+from seedbed.runs.lineage import MatrixRow, against, backward_transfer, forgetting, gain_kept, matrix, method_in_words
 
 
 def figures(**bits_per_byte: float) -> dict[str, Figure]:
@@ -30,12 +30,12 @@ UNDER_WAY = THREE.with_stage(replace(MEDICINE, after={}))
 
 def test_the_matrix_has_a_row_a_stage() -> None:
     assert matrix(THREE) == [
-        Row("base", figures(base=1.0, law=1.5)),
-        Row("law", figures(base=1.1, law=1.1)),
-        Row("medicine", figures(base=1.3, law=1.2, medicine=1.0)),
+        MatrixRow("base", figures(base=1.0, law=1.5)),
+        MatrixRow("law", figures(base=1.1, law=1.1)),
+        MatrixRow("medicine", figures(base=1.3, law=1.2, medicine=1.0)),
     ]
-    assert matrix(UNDER_WAY)[2] == Row("medicine", {})
-    assert matrix(History((ROOT,))) == [Row("base", {})]
+    assert matrix(UNDER_WAY)[2] == MatrixRow("medicine", {})
+    assert matrix(History((ROOT,))) == [MatrixRow("base", {})]
 
 
 def test_forgetting_is_the_relative_rise() -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from seedbed.runs.compare import Comparison
 
 Content = dict[str, Any]
-Row = tuple[Any, ...]
+Cells = tuple[Any, ...]
 
 MOST_SAMPLES = 24  # of one prompt
 AXES = {"step": "Steps", "tokens": "Tokens", "time": "Time", "epoch": "Epochs"}
@@ -106,7 +106,7 @@ def sentence(run: RunInfo) -> str:
     return "; ".join([words, ", ".join(machine)] if machine else [words])
 
 
-def tiles(summary: Mapping[str, Any]) -> Iterator[Row]:
+def tiles(summary: Mapping[str, Any]) -> Iterator[Cells]:
     """Name, value and a remark of each figure that says most of a run."""
     best, tokens, total = (_figure(summary, name) for name in ("best_step", "tokens", "total_steps"))
     steps = _figure(summary, "steps")
@@ -126,7 +126,7 @@ def tiles(summary: Mapping[str, Any]) -> Iterator[Row]:
             yield heading, form(value), remark
 
 
-def forecast(summary: Mapping[str, Any]) -> Iterator[Row]:
+def forecast(summary: Mapping[str, Any]) -> Iterator[Cells]:
     """Of each figure that was forecast its name, the forecast, what came, and the difference."""
     told = _mapping(summary, "forecast")
     forms = {"peak_memory_mb": ("peak memory", memory), "hours": ("time", duration)}
@@ -163,7 +163,7 @@ def said(finding: Finding) -> Content:
     }
 
 
-def domains(summary: Mapping[str, Any]) -> Iterator[Row]:
+def domains(summary: Mapping[str, Any]) -> Iterator[Cells]:
     """Of each domain its name, bits per byte before and after, and the relative rise."""
     for name, figures in _mapping(summary, "domains").items():
         if isinstance(figures, dict):
@@ -171,18 +171,18 @@ def domains(summary: Mapping[str, Any]) -> Iterator[Row]:
             yield name, show(before), show(after), change(_figure(figures, "forgetting"))
 
 
-def samples(run: RunInfo) -> list[tuple[str, list[Row], int]]:
+def samples(run: RunInfo) -> list[tuple[str, list[Cells], int]]:
     """Of each prompt its samples (step, text), oldest first and the last among them, and how many there were."""
-    by_prompt: dict[str, list[Row]] = {}
+    by_prompt: dict[str, list[Cells]] = {}
     for record in read_records(run.path / "samples.jsonl"):
         found = by_prompt.setdefault(str(record.get("prompt", "")), [])
         found.append((show(record.get("step")), str(record.get("text", ""))))
     return [(prompt, _some(found), len(found)) for prompt, found in by_prompt.items()]
 
 
-def options(run: RunInfo) -> dict[str, list[Row]]:
+def options(run: RunInfo) -> dict[str, list[Cells]]:
     """Name, value and source of the options that the user chose, and of the rest."""
-    parts: dict[str, list[Row]] = {"chosen": [], "rest": []}
+    parts: dict[str, list[Cells]] = {"chosen": [], "rest": []}
     for name, value in run.options.items():
         source = str(run.sources.get(name, "default"))
         part = "chosen" if is_users_choice(source) else "rest"
@@ -190,7 +190,7 @@ def options(run: RunInfo) -> dict[str, list[Row]]:
     return parts
 
 
-def entries(summary: Mapping[str, Any]) -> Iterator[Row]:
+def entries(summary: Mapping[str, Any]) -> Iterator[Cells]:
     """Name and value of every entry that has one, nested ones as `text.train_rows`."""
     for name, value in summary.items():
         if name == "domains":
@@ -260,7 +260,7 @@ def _moves(figure: Figure, axis: str) -> bool:
     return any(max(trace["meta"][axis], default=0) > 0 for trace in figure["data"])
 
 
-def _some(rows: list[Row]) -> list[Row]:
+def _some(rows: list[Cells]) -> list[Cells]:
     """The first, the last and some between them, if there are too many."""
     last = len(rows) - 1
     if last < MOST_SAMPLES:
