@@ -107,15 +107,6 @@ def load_adapter(model: Decoder, folder: Path) -> None:
             model.lm_head.weight.copy_(state["lm_head.weight"])
 
 
-def read_adapter(folder: Path, config: DecoderConfig) -> Adapter:
-    """What the adapter in `folder` is, for a base of this config.
-
-    Raises:
-        CheckpointError: files missing, damaged or pickled, or an adapter that this base cannot have.
-    """
-    return _read(folder, config)[0]
-
-
 def base_name(folder: Path) -> str:
     """The base model that an adapter folder names: a path, or a name on the hub.
 

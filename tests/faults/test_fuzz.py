@@ -15,13 +15,14 @@ import gguf
 import numpy as np
 import pytest
 
-from seedbed.adapter import read_adapter
+from seedbed.adapter import load_adapter
 from seedbed.checkpoint import MANIFEST, STATE, damage, newest_intact, read_optimizer, read_state
 from seedbed.config import resolve
 from seedbed.config.resolve import read_config_file
 from seedbed.data import open_whole
 from seedbed.device import peak_memory_mb
 from seedbed.errors import SeedbedError
+from seedbed.model.decoder import Decoder
 from seedbed.model.families import read_config
 from seedbed.model.gguf import read_gguf
 from seedbed.model.weights import load_decoder
@@ -111,6 +112,10 @@ def write_gguf(path: Path) -> None:
     writer.close()
 
 
+def read_adapter(path: Path) -> None:
+    load_adapter(Decoder(read_config(path.parent)), path.parent)
+
+
 TARGETS: dict[str, tuple[str, Read]] = {
     "manifest": (MANIFEST, lambda path: (newest_intact(path.parent.parent.parent), damage(path.parent.parent))),
     "state": (STATE, lambda path: TrainingState.from_json(read_state(path.parent.parent))),
@@ -120,7 +125,7 @@ TARGETS: dict[str, tuple[str, Read]] = {
     "tokenizer.json": ("tokenizer.json", lambda path: Tokenizer.load(path.parent).encode("Some words, 木.")),
     "tokenizer_config.json": ("tokenizer_config.json", lambda path: Tokenizer.load(path.parent)),
     "chat template": ("chat_template.jinja", lambda path: read_template(path.parent)),
-    "adapter_config.json": ("adapter_config.json", lambda path: read_adapter(path.parent, read_config(path.parent))),
+    "adapter_config.json": ("adapter_config.json", read_adapter),
     "history": ("history.json", read_history_file),
     "gguf": ("model.gguf", read_gguf),
     "config": ("config.yaml", lambda path: resolve("scratch", [read_config_file(str(path))])),

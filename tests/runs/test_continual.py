@@ -408,7 +408,7 @@ def test_replay_has_exactly_its_share(keeping: Keeping, two_domains: tuple[Path,
             counted = [0] * len(job.rows.parts)
             for index in range(len(job.rows)):
                 targets = int((job.rows.row(epoch, index).labels != -100).sum())
-                counted[job.rows.part_of(epoch, index)] += targets
+                counted[job.rows.locate(epoch, index)[0]] += targets
             assert counted == [part.num_targets for part in job.rows.parts]
             replayed, total = counted[1:], sum(counted)
             if "replay" in options:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from seedbed.adapter import base_name, load_adapter, read_adapter, save_adapter
+from seedbed.adapter import base_name, load_adapter, save_adapter
 from seedbed.checkpoint import damage, find_model, load_model, save_checkpoint
 from seedbed.errors import CheckpointError, StorageError
 from seedbed.lora import adapter_state, add_adapter, find_targets
@@ -113,9 +113,10 @@ def test_targets_have_the_shortest_names_that_mean_them(
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"] == expected
 
 
-def test_an_adapter_is_described_without_its_base(base: Path, folder: Path) -> None:
-    config = load_decoder(base).config
-    assert read_adapter(folder, config) == Adapter(2, 4.0, 0.1, False, False, find_targets(config, "attention"), False)
+def test_an_adapter_is_described_as_it_was_made(base: Path, folder: Path) -> None:
+    model = load_decoder(base)
+    load_adapter(model, folder)
+    assert model.adapter == Adapter(2, 4.0, 0.1, False, False, find_targets(model.config, "attention"), False)
 
 
 @pytest.mark.parametrize("targets", ["attention", "attention,head"])

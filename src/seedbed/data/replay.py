@@ -164,15 +164,11 @@ class MixedRows:
 
     def row(self, epoch: int, index: int) -> Row:
         """Row `index` of an epoch. Raises IndexError outside 0 … len - 1."""
-        part, place = self._find(epoch, index)
+        part, place = self.locate(epoch, index)
         return self.parts[part].row(epoch, place)
 
-    def part_of(self, epoch: int, index: int) -> int:
-        """Which of the parts row `index` of an epoch is from. Raises IndexError outside 0 … len - 1."""
-        return self._find(epoch, index)[0]
-
-    def _find(self, epoch: int, index: int) -> tuple[int, int]:
-        """The part and the row in it that row `index` of an epoch is."""
+    def locate(self, epoch: int, index: int) -> tuple[int, int]:
+        """The part, and the row in it, that row `index` of an epoch is. Raises IndexError outside 0 … len - 1."""
         check_index(index, len(self))
         order = self._order
         if order is None or order[0] != epoch:

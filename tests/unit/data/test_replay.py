@@ -255,7 +255,7 @@ def test_every_row_of_every_part_comes_once_an_epoch(mixed: Callable[[], MixedRo
     assert rows.num_targets == sum(part.num_targets for part in rows.parts)
     orders = []
     for epoch in (0, 1, 2):
-        order = [rows.part_of(epoch, index) for index in range(len(rows))]
+        order = [rows.locate(epoch, index)[0] for index in range(len(rows))]
         for number, part in enumerate(rows.parts):
             found = [rows.row(epoch, index) for index, owner in enumerate(order) if owner == number]
             assert Counter(str(contents(row)) for row in found) == Counter(
@@ -279,7 +279,7 @@ def test_the_share_that_is_replayed_is_exact(store: Store, new_store: Store) -> 
     for epoch in (0, 1, 6):
         by_part: Counter[int] = Counter()
         for index in range(len(rows)):
-            by_part[rows.part_of(epoch, index)] += len(targets([rows.row(epoch, index)]))
+            by_part[rows.locate(epoch, index)[0]] += len(targets([rows.row(epoch, index)]))
         assert dict(by_part) == {0: new.num_targets, 1: counts[0], 2: counts[1]}
         assert by_part.total() == rows.num_targets
         assert abs(sum(counts) - 0.25 * by_part.total()) <= 0.5

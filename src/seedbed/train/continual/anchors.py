@@ -66,15 +66,6 @@ class WeightAnchor:
                 for gradient, w, w_old, weight in _pieces(parameter.grad, parameter, old, importance):
                     gradient.addcmul_(w - w_old, weight, value=self.strength)
 
-    @torch.no_grad()
-    def value(self) -> float:
-        """The penalty, summed in float64."""
-        total = 0.0
-        for held in self._held:
-            for w, w_old, weight in _pieces(*held):
-                total += float(((w - w_old).cpu().double().square() * weight.cpu()).sum())
-        return self.strength / 2 * total
-
 
 class PredictionAnchor:
     """The penalty  strength · Σ KL(old || new)  in nats over the targets of a batch.
