@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from textwrap import wrap
 
+from seedbed.cli.console import wrapped
 from seedbed.runs.columns import COLUMNS, cell, score
 from seedbed.runs.compare import UNITS, Answers, Comparison, Group, Measure, plus_minus
 from seedbed.runs.curves import WINDOW, Axis, Curve
@@ -36,7 +37,7 @@ def text_lines(comparison: Comparison, width: int) -> Iterator[str]:
     for title, grid in _grids(comparison):
         yield from (title, *_blocks(grid, width), "")
     for sentence in _verdicts(comparison):
-        yield from wrap(sentence, width, break_long_words=False, break_on_hyphens=False)
+        yield from wrapped(sentence, width)
     for answers in comparison.answers[:MOST_ANSWERS]:
         yield from ("", *wrap(f"> {_prompt(answers)}", width, subsequent_indent="  "))
         answered = list(_answered(comparison.names, answers))

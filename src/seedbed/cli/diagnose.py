@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from textwrap import wrap
 from typing import Any
 
 import click
 
-from seedbed.cli.console import json_option, print_json
+from seedbed.cli.console import json_option, print_json, print_lines, wrapped
 from seedbed.cli.verb import Verb, refuse_unknown
 from seedbed.findings import Finding
-
-WIDTH = 100
 
 
 @click.command("diagnose", cls=Verb, epilog="Example: seedbed diagnose runs/book")
@@ -40,15 +37,14 @@ def diagnose(ctx: click.Context, /, folder: str, as_json: bool) -> None:
         shown = [finding.to_json() for finding in findings]
         print_json({"run": str(facts.run.path), "findings": shown, "looked_at": looked_at})
         return
-    for line in _lines(findings, looked_at):
-        click.echo("".join(character if character.isprintable() else "?" for character in line))
+    print_lines(_lines(findings, looked_at))
 
 
 def _lines(findings: Sequence[Finding], looked_at: dict[str, Any]) -> Iterator[str]:
     """A paragraph a finding; where there is none, what was looked at. Before them, that the summary is damaged."""
     damaged = looked_at["status"] == "unreadable"
     if damaged:
-        yield from _wrapped(
+        yield from wrapped(
             "Warning: metrics.json is damaged, so how the run ended is unknown, and only its records were looked at. "
             "Put a copy of it back, or start the run's command again: it goes on, and writes a new one."
         )
@@ -56,13 +52,9 @@ def _lines(findings: Sequence[Finding], looked_at: dict[str, Any]) -> Iterator[s
     for number, finding in enumerate(findings):
         if number:
             yield ""
-        yield from _wrapped(f"{finding.level.capitalize()} ({finding.name}): {finding}")
+        yield from wrapped(f"{finding.level.capitalize()} ({finding.name}): {finding}")
     if not findings:
         figures = ", ".join(f"{count:,} {what}" for what, count in looked_at.items() if what != "status")
         healthy = "of its records" if damaged else "the run looks healthy"
         verdict = healthy if looked_at["steps"] else "the run has not made a step"
-        yield from _wrapped(f"Nothing to say: {verdict} ({figures}; status {looked_at['status']})")
-
-
-def _wrapped(text: str) -> list[str]:
-    return wrap(text, WIDTH, break_on_hyphens=False, break_long_words=False)
+        yield from wrapped(f"Nothing to say: {verdict} ({figures}; status {looked_at['status']})")

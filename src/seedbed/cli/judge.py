@@ -13,7 +13,7 @@ import click
 from pydantic import Field
 from rich.console import Console
 
-from seedbed.cli.console import json_option, make_console, print_json
+from seedbed.cli.console import json_option, make_console, print_json, say
 from seedbed.cli.models import device_option, held_out_documents, model_option
 from seedbed.cli.options import given, read_sampling, sections
 from seedbed.cli.verb import Verb, noting, report, wrong_flags
@@ -155,8 +155,9 @@ def judge(
         print_json({**record, "transcripts": str(folder)})
     else:
         _show(console, result, against, record["cost"])
-        _say(console, remark)
-        _say(console, f"Answers and replies: {folder}")
+        if remark:
+            say(console, remark)
+        say(console, f"Answers and replies: {folder}")
     if result.judge and is_run(run_of(Path(model))):
         update_summary(run_of(Path(model)), judge=record)
 
@@ -269,7 +270,7 @@ def _counting(console: Console, what: str, total: int) -> Iterator[Callable[[int
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     if not console.is_terminal:
-        _say(console, f"{what} ({total:,})...")
+        say(console, f"{what} ({total:,})...")
         yield lambda _done: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -319,7 +320,7 @@ def _show(console: Console, result: Result, against: str | None, cost: float | N
         table.add_row(*map(escape, _row(score)))
     console.print(table)
     for sentence in _sentences(result, against, cost):
-        _say(console, sentence)
+        say(console, sentence)
 
 
 def _row(score: ModelScore) -> list[str]:
@@ -376,8 +377,3 @@ def _band(estimate: Estimate, sign: str = "") -> str:
 
 def _share(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.1%}"
-
-
-def _say(console: Console, text: str | None) -> None:
-    if text:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -8,9 +8,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-import click
-
-from seedbed.cli.console import print_json
+from seedbed.cli.console import WIDTH, print_json, print_lines, wrapped
 from seedbed.errors import CheckpointError, ConfigError
 from seedbed.runs.history import History, Stage, find_history
 from seedbed.runs.lineage import (
@@ -23,7 +21,6 @@ from seedbed.runs.lineage import (
     method_in_words,
 )
 
-WIDTH = 100
 LONGEST_NAME = 24
 SAME_START = 1e-3
 """Relative difference in bits per byte within which two runs began from the same model and the same text."""
@@ -41,8 +38,7 @@ def print_lineage(path: Path, run: Path, summary: Mapping[str, Any], baseline: s
     if as_json:
         print_json({"run": str(run), **summary, **_lineage_json(history, naive)})
         return
-    for line in _lineage_lines(history, naive, baseline):
-        click.echo("".join(character if character.isprintable() else "?" for character in line))
+    print_lines(_lineage_lines(history, naive, baseline))
 
 
 def _history(path: Path) -> History:
@@ -95,10 +91,10 @@ def _lineage_lines(history: History, naive: Stage | None, baseline: str | None) 
         yield "Bits per byte of held-out text (nats per token) after each stage:"
         yield from _table(rows, history.domains)
         yield ""
-    yield from _wrapped(_transfer_sentence(history))
-    yield from _wrapped(_gains_sentence(history))
+    yield from wrapped(_transfer_sentence(history))
+    yield from wrapped(_gains_sentence(history))
     if naive:
-        yield from _wrapped(f"Against {baseline}: {_comparison(_newest(history), naive)}")
+        yield from wrapped(f"Against {baseline}: {_comparison(_newest(history), naive)}")
 
 
 def _chain(history: History) -> Iterator[str]:
@@ -188,10 +184,6 @@ def _comparison(stage: Stage, naive: Stage) -> str:
     if any(abs(forgetting(stage.before[domain], naive.before[domain])) > SAME_START for domain in both):
         sentence += " They did not begin from the same figures, so the comparison is rough."
     return sentence
-
-
-def _wrapped(sentence: str) -> list[str]:
-    return wrap(sentence, WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
 def _percent(share: float, sign: str = "") -> str:

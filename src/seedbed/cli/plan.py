@@ -104,7 +104,7 @@ def _print_ways(processes: int, ways: dict[str, Any]) -> None:
 
 
 def _print_plan(facts: dict[str, Any], vocabulary_assumed: bool) -> None:
-    from seedbed.train.progress import duration
+    from seedbed.train.progress import clock
 
     parameters, trainable, memory = facts["parameters"], facts["trainable_parameters"], facts["memory_mb"]
     print_facts(
@@ -127,8 +127,8 @@ def _print_plan(facts: dict[str, Any], vocabulary_assumed: bool) -> None:
         rows["Tokens learnt an epoch"] = f"{facts['tokens']:,}"
         rows["Steps an epoch"] = f"{facts['steps_per_epoch']:,}"
         rows["Steps"] = "until the hours run out" if facts["steps"] is None else f"{facts['steps']:,}"
-        rows["Time to the first result"] = duration(facts["first_result_hours"])
-        rows["Time to the end"] = duration(facts["hours"])
+        rows["Time to the first result"] = clock(facts["first_result_hours"])
+        rows["Time to the end"] = clock(facts["hours"])
     if facts["flops"] is not None:
         rows["Arithmetic"] = f"{facts['flops']:.3g} FLOPs"
     print_facts(rows)

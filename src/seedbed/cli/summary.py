@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from textwrap import wrap
 from typing import Any
 
+from seedbed.cli.console import WIDTH, fact_lines
 from seedbed.config import is_users_choice
 from seedbed.runs.columns import COLUMNS, cell, status
 from seedbed.runs.grid import printable, text_grid
@@ -14,7 +15,6 @@ from seedbed.runs.parents import chosen_options
 from seedbed.runs.series import read_series
 from seedbed.runs.values import as_json, duration, is_number, memory, plain
 
-WIDTH = 100
 TEXT = {
     "train_documents": "training documents",
     "train_bytes": "training bytes",
@@ -126,9 +126,7 @@ def _in_nats(loss: str | None) -> str | None:
 
 def _aligned(facts: Mapping[str, str | None]) -> list[str]:
     """The known facts in two columns."""
-    known = {name: printable(value) for name, value in facts.items() if value is not None}
-    width = max(map(len, known), default=0)
-    return [f"{name:<{width}}  {value}" for name, value in known.items()]
+    return fact_lines({name: printable(value) for name, value in facts.items() if value is not None})
 
 
 def _forecast(run: RunInfo) -> list[str]:

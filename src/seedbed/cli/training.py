@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from seedbed.cli.console import json_option, make_console, print_json
+from seedbed.cli.console import json_option, make_console, print_json, say
 from seedbed.cli.options import config_option, from_option, resolved, sections
 from seedbed.cli.verb import Verb
 from seedbed.config import (
@@ -133,29 +133,26 @@ def _tour(run: str, console: Console) -> None:
     from seedbed.cli.models import held_out_evaluation
     from seedbed.generate import generate as write
 
-    def say(text: str = "") -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     model, tokenizer, result = held_out_evaluation(run, console)
-    say()
+    say(console)
     say(
+        console,
         f"On {result.tokens:,} tokens it has never seen: perplexity {result.token_ppl:.2f} a token, "
-        f"{result.word_ppl:,.0f} a word, {result.bits_per_byte:.3f} bits per byte"
+        f"{result.word_ppl:,.0f} a word, {result.bits_per_byte:.3f} bits per byte",
     )
     options = SamplingOptions(max_new_tokens=60)
     for completion in write(model, tokenizer, ["Return the", "If the file"], options):
-        say()
-        say(f"> {completion.prompt}{completion.text}")
-    say()
-    say("What to type next:")
+        say(console)
+        say(console, f"> {completion.prompt}{completion.text}")
+    say(console)
+    say(console, "What to type next:")
     program, folder = _program()
-    say(f"  {program} generate --model {run} --prompt 'The class'")
-    say(f"  {program} evaluate --model {run}")
-    say(f"  {program} pretrain --data YOUR_TEXT.txt --model tiny --epochs 5")
-    say(f"  {folder}tensorboard --logdir {run}/tensorboard")
-    say(
-        f"The checkpoint opens in transformers as it is: AutoModelForCausalLM.from_pretrained('{run}/checkpoints/best')"
-    )
+    say(console, f"  {program} generate --model {run} --prompt 'The class'")
+    say(console, f"  {program} evaluate --model {run}")
+    say(console, f"  {program} pretrain --data YOUR_TEXT.txt --model tiny --epochs 5")
+    say(console, f"  {folder}tensorboard --logdir {run}/tensorboard")
+    opened = f"AutoModelForCausalLM.from_pretrained('{run}/checkpoints/best')"
+    say(console, f"The checkpoint opens in transformers as it is: {opened}")
 
 
 def _program() -> tuple[str, str]:

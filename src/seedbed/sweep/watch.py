@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from seedbed.sweep.plan import Plan
 from seedbed.sweep.standing import Progress, has_ended, read_progress
-from seedbed.train.progress import duration
+from seedbed.train.progress import clock
 
 SILENCE = 60.0  # seconds between lines where there is no terminal
 
@@ -77,7 +77,7 @@ class Watch:
         self._look(name, ended=ended)
         del self._began[name]
         left = self.hours_left()
-        self.line(f"{name}: {said}{'' if left is None else f'; {duration(left)} left'}")
+        self.line(f"{name}: {said}{'' if left is None else f'; {clock(left)} left'}")
 
     def show(self, going: Collection[str]) -> None:
         """Bring the bars up to date; without a terminal, a line now and then."""
@@ -85,7 +85,7 @@ class Watch:
             return
         self._spoke = time.monotonic()
         left = self.hours_left()
-        said = "" if left is None else f"{duration(left)} left"
+        said = "" if left is None else f"{clock(left)} left"
         for name in going:
             self._look(name)
             if (seen := self._seen.get(name)) is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,27 +17,14 @@ from seedbed.evaluate import evaluation_mode
 from seedbed.loss import token_losses
 from seedbed.model.decoder import Decoder
 from seedbed.runs.history import Figure
-from seedbed.train.job import Validation, own_batches
+from seedbed.train.job import Job, Validation, own_batches
 from seedbed.train.progress import Display
 from seedbed.train.stopping import StopRequest
 
 
-class Measured(Protocol):
-    """What measuring needs of a job."""
-
-    @property
-    def model(self) -> Decoder: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def precision(self) -> Precision: ...
-    @property
-    def micro_batch_size(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class Meter:
-    """What measuring needs, before there is a job."""
+    """What measuring needs of a job, before there is one."""
 
     model: Decoder
     device: torch.device
@@ -55,7 +41,7 @@ class Meter:
 
 
 def measure(
-    job: Measured, texts: Mapping[str, Validation], request: StopRequest, display: Display
+    job: Job | Meter, texts: Mapping[str, Validation], request: StopRequest, display: Display
 ) -> dict[str, Figure] | None:
     """The figures of each domain's held-out text; None when a signal came in between."""
     figures = {}
@@ -67,7 +53,7 @@ def measure(
     return figures
 
 
-def held_out_loss(job: Measured, rows: Rows, request: StopRequest, display: Display) -> float | None:
+def held_out_loss(job: Job | Meter, rows: Rows, request: StopRequest, display: Display) -> float | None:
     """Nats per target over all `rows`, of which each process takes a part, without dropout; None after a signal."""
     own_sum = 0.0
     batches = own_batches(rows, 0, 0, len(rows), job.micro_batch_size)
@@ -79,7 +65,7 @@ def held_out_loss(job: Measured, rows: Rows, request: StopRequest, display: Disp
     return distributed.total(own_sum) / rows.num_targets
 
 
-def place_losses(job: Measured, batch: Batch, precision: Precision) -> Tensor:
+def place_losses(job: Job | Meter, batch: Batch, precision: Precision) -> Tensor:
     """Nats of each place of a batch, 0 where nothing is predicted: (B, T) float32."""
     with autocast(job.device, precision):
         hidden = job.model(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)

@@ -121,7 +121,7 @@ class Display:
     def step(self, step: int, total_steps: int | None, metrics: Mapping[str, float]) -> None:
         figures = (
             f"loss {metrics['train_loss']:.3f}  ppl {metrics['train_ppl']:.4g}  "
-            f"{metrics['tokens_per_second']:,.0f} tok/s  {duration(metrics['remaining_hours'])} left"
+            f"{metrics['tokens_per_second']:,.0f} tok/s  {clock(metrics['remaining_hours'])} left"
         )
         if self._live:
             if self._task is None:
@@ -207,11 +207,11 @@ class Display:
 def against_forecast(summary: Mapping[str, Any]) -> str:
     """What was expected before the first step, and what came."""
     expected, hours = summary["forecast"], summary["forecast"]["hours"]
-    time = "" if hours is None else f"time {duration(hours)}, was {duration(summary['hours'])}; "
+    time = "" if hours is None else f"time {clock(hours)}, was {clock(summary['hours'])}; "
     return f"Forecast: {time}peak memory {expected['peak_memory_mb']:,.0f} MB, was {summary['peak_memory_mb']:,.0f} MB"
 
 
-def duration(hours: float) -> str:
+def clock(hours: float) -> str:
     """Hours as `1:02:03`, or `2:03` below one hour."""
     minutes, seconds = divmod(round(hours * 3600), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"

@@ -32,7 +32,7 @@ from seedbed.train.estimate.trial import Costs, head_learns, kinds_of, outline, 
 from seedbed.train.estimate.workload import Look, Workload, look_at, sizes_of, ways_to_keep
 from seedbed.train.finetune import make_adapter
 from seedbed.train.ingredients import Ingredients
-from seedbed.train.progress import Display, duration
+from seedbed.train.progress import Display, clock
 from seedbed.train.state import TrainingState
 
 NAME = "memory"
@@ -266,7 +266,7 @@ def describe_forecast(display: Display, forecast: Forecast) -> None:
     display.line(f"  Peak memory: {memory['peak']:,.0f} MB ({parts})")
     display.line(f"  Speed: {forecast.step_seconds:.3g} s a step, {forecast.tokens_per_second:,.0f} tokens/s")
     if forecast.hours is not None and forecast.first_result_hours is not None:
-        end, first = duration(forecast.hours), duration(forecast.first_result_hours)
+        end, first = clock(forecast.hours), clock(forecast.first_result_hours)
         display.line(f"  Time: {end} to the end, {first} to the first result; {forecast.flops or 0:.3g} FLOPs")
     display.line(f"  Disk: {forecast.disk_mb:,.0f} MB for checkpoints")
 
