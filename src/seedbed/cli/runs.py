@@ -61,7 +61,7 @@ def list_runs(
     as_json: bool,
 ) -> None:
     """List the runs in and below the folders (by default runs/) as a table."""
-    from seedbed.runs.columns import BY_DEFAULT, check_columns
+    from seedbed.runs.columns import SHOWN_BY_DEFAULT, check_columns
     from seedbed.runs.query import select
     from seedbed.runs.table import load_runs, render, table
 
@@ -77,7 +77,7 @@ def list_runs(
     if not selected:
         click.echo(_nothing_found(folders, len(found)), err=form != "table")
         return
-    rows = table(selected, chosen or BY_DEFAULT)
+    rows = table(selected, chosen or SHOWN_BY_DEFAULT)
     width = shutil.get_terminal_size().columns if form == "table" and sys.stdout.isatty() else None
     click.echo(render(rows, chosen, form, width))
     if chosen is None and width is not None:

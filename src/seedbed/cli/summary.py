@@ -7,7 +7,7 @@ from textwrap import wrap
 from typing import Any
 
 from seedbed.cli.console import WIDTH, fact_lines
-from seedbed.config import is_users_choice
+from seedbed.config import Origin, origin_of
 from seedbed.runs.columns import COLUMNS, cell, status
 from seedbed.runs.grid import printable, text_grid
 from seedbed.runs.info import RunInfo
@@ -152,7 +152,7 @@ def _text(text: object) -> dict[str, str | None]:
 def _options(run: RunInfo) -> list[str]:
     """Those that somebody chose first, then those that follow from a preset or the model."""
     rows = [(name, plain(value), source) for name, (value, source) in chosen_options(run).items()]
-    rows.sort(key=lambda row: not is_users_choice(row[2]))
+    rows.sort(key=lambda row: origin_of(row[2]) is not Origin.USER)
     return text_grid(("option", "value", "from"), rows, (0, 60, 40), WIDTH) if rows else []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,24 +34,36 @@ FLAGS = "the command line"
 CALL = "the call"
 S = TypeVar("S", bound=Section)
 BY_DEFAULT = "default"
-NOT_CHOSEN = ("preset ", "regime ")
-"""How other sources of values begin that nobody chose."""
-FOUND_OUT = ("model ", "this machine", "--method ", "half the peak of ", "the peak of ")
-"""How the sources of values begin that the program worked out for one run."""
 OF_ONE_RUN = frozenset({"output", "resume_from", "resume", "stop_at_step"})
 """Options that no other run inherits."""
 NO_DATA = "--data is missing: name a text file, a folder, or a source such as python-docs (`seedbed data list`)"
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-def is_chosen(source: str) -> bool:
-    """Whether a value from there is no default: neither of the program nor of a preset."""
-    return source != BY_DEFAULT and not source.startswith(NOT_CHOSEN)
+class Origin(Enum):
+    """Who decided a value."""
+
+    DEFAULT = auto()
+    """The program, for every run of its regime."""
+    PRESET = auto()
+    FOUND_OUT = auto()
+    """The program, for one run: from its model, its machine or another option."""
+    USER = auto()
+    """By a flag, in a call or in a file."""
 
 
-def is_users_choice(source: str) -> bool:
-    """Whether the user gave a value that comes from there, which the program did not find out either."""
-    return is_chosen(source) and not source.startswith(FOUND_OUT)
+_BEGINNINGS = {
+    "regime ": Origin.DEFAULT,
+    "preset ": Origin.PRESET,
+    **dict.fromkeys(("model ", "this machine", "--method ", "half the peak of ", "the peak of "), Origin.FOUND_OUT),
+}
+
+
+def origin_of(source: str) -> Origin:
+    """Who decided a value with this source, a text for people that `config.yaml` keeps; its beginning tells."""
+    if source == BY_DEFAULT:
+        return Origin.DEFAULT
+    return next((origin for words, origin in _BEGINNINGS.items() if source.startswith(words)), Origin.USER)
 
 
 @dataclass(frozen=True)
@@ -102,16 +115,16 @@ class Config:
         return replace(_build(self.regime, {**self.values(), **values}, sources), parent=self.parent)
 
     def is_given(self, name: str) -> bool:
-        """Whether the user chose this value, by a flag or in a file."""
-        return is_chosen(self.sources[name])
+        """Whether this value is neither a default nor a preset's."""
+        return origin_of(self.sources[name]) in (Origin.USER, Origin.FOUND_OUT)
 
     def is_typed(self, name: str) -> bool:
-        """Whether it was given for just this run, and not in a file, where it may be for others."""
+        """Whether the user gave this value for just this run, and not in a file, where it may be for others."""
         return self.sources[name] in (FLAGS, CALL)
 
     def adopt(self, values: Mapping[str, Any], sources: Mapping[str, str]) -> Config:
         """A copy with `values` and where they once came from, such as those a run was begun with."""
-        kept = {name: sources.get(name, "default") for name in values}
+        kept = {name: sources.get(name, BY_DEFAULT) for name in values}
         return replace(_build(self.regime, {**self.values(), **values}, {**self.sources, **kept}), parent=self.parent)
 
     def to_yaml(self) -> str:
@@ -170,7 +183,8 @@ def read_config_file(name: str) -> Layer:
         known = ", ".join(preset_names())
         raise ConfigError(f"--config {name}: no such file, and no preset of that name. Presets: {known}.")
     values = read_yaml(path, f"--config {name}")
-    origins = {key: place for key, place in _pop_sources(values).items() if not is_chosen(place)}
+    decided = _pop_sources(values).items()
+    origins = {name: source for name, source in decided if origin_of(source) in (Origin.DEFAULT, Origin.PRESET)}
     values.pop("regime", None)
     return Layer(name, {key.replace("-", "_"): value for key, value in values.items()}, origins)
 
@@ -194,7 +208,7 @@ def read_run_options(regime: str, run: str) -> Layer:
     chosen = {
         name: value
         for name, value in saved.items()
-        if name not in OF_ONE_RUN and is_users_choice(sources.get(name, BY_DEFAULT))
+        if name not in OF_ONE_RUN and origin_of(sources.get(name, BY_DEFAULT)) is Origin.USER
     }
     return Layer(str(path), chosen, run=str(Path(run)))
 
@@ -325,7 +339,7 @@ def _build(regime: str, values: Mapping[str, Any], sources: Mapping[str, str], p
         own = {name: values[name] for name in section.model_fields if name in values}
         confused = [name for name, value in own.items() if isinstance(value, bool) and _is_number(section, name)]
         for name in confused:
-            place = where(name, own[name], sources.get(name, "default"))
+            place = where(name, own[name], sources.get(name, BY_DEFAULT))
             found.append(f"{place}: expected a number, not yes or no")
         try:
             sections.append(section.model_validate(own))
@@ -334,7 +348,7 @@ def _build(regime: str, values: Mapping[str, Any], sources: Mapping[str, str], p
             found += [_explain(detail, values, sources) for detail in details]
     if len(sections) < len(SECTIONS) or len(found) > len(problems):
         raise ConfigError(found)
-    all_sources = {name: sources.get(name, "default") for name in option_names(regime)}
+    all_sources = {name: sources.get(name, BY_DEFAULT) for name in option_names(regime)}
     data, model, adapt, keeping, training, watching = sections
     return Config(regime, data, model, adapt, keeping, training, watching, all_sources)
 
@@ -348,7 +362,7 @@ def _explain(detail: Any, values: Mapping[str, Any], sources: Mapping[str, str])
     name = str(detail["loc"][0])
     message = str(detail["msg"]).removeprefix("Input should be ")
     expected = message[0].lower() + message[1:].replace("input should be ", "")
-    return f"{where(name, values.get(name), sources.get(name, 'default'))}: expected {expected}"
+    return f"{where(name, values.get(name), sources.get(name, BY_DEFAULT))}: expected {expected}"
 
 
 def _contradictions(config: Config, *, needs_text: bool) -> Iterable[str]:

@@ -305,7 +305,7 @@ COLUMNS: dict[str, Column] = {
     )
 }
 
-BY_DEFAULT = (
+SHOWN_BY_DEFAULT = (
     *("name", "val_loss", "status", "changed", "lr", "method", "judge", "bits_per_byte"),
     *("time", "notes", "peak_memory", "batch", "epochs", "rank", "model"),
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from seedbed.config import BY_DEFAULT
 from seedbed.errors import ConfigError
 from seedbed.parsing import parse_yaml
 from seedbed.runs.folder import has_damaged_summary, read_records, read_summary
@@ -37,6 +38,10 @@ class RunInfo:
     def parent(self) -> str | None:
         """The run whose options it began with, or the checkpoint or model whose weights it began with."""
         return self.summary.get("parent")
+
+    def source(self, name: str) -> str:
+        """Where an option's value came from, in words."""
+        return str(self.sources.get(name, BY_DEFAULT))
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """The events of one kind, oldest first."""

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from seedbed.config import BY_DEFAULT
+from seedbed.config import Origin, origin_of
 from seedbed.errors import ConfigError
 from seedbed.runs.info import RunInfo, is_run, read_run, run_of
 
@@ -80,10 +80,9 @@ def changed_options(run: RunInfo) -> dict[str, tuple[Any, Any]]:
 
 def is_chosen(run: RunInfo, name: str) -> bool:
     """Whether an option of the run is not as it is by default in its regime."""
-    source = str(run.sources.get(name, BY_DEFAULT))
-    return source != BY_DEFAULT and not source.startswith("regime ")
+    return origin_of(run.source(name)) is not Origin.DEFAULT
 
 
 def chosen_options(run: RunInfo) -> dict[str, tuple[Any, str]]:
     """The options that are not as they are by default: value and source."""
-    return {name: (value, str(run.sources[name])) for name, value in run.options.items() if is_chosen(run, name)}
+    return {name: (value, run.source(name)) for name, value in run.options.items() if is_chosen(run, name)}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from seedbed.errors import ConfigError
-from seedbed.runs.columns import BY_DEFAULT, COLUMNS, Column, cell, check_columns, score
+from seedbed.runs.columns import COLUMNS, SHOWN_BY_DEFAULT, Column, cell, check_columns, score
 from seedbed.runs.folder import read_summary
 from seedbed.runs.grid import GAP, cut_apart, markdown_grid, text_grid
 from seedbed.runs.info import RunInfo, find_runs, read_run
@@ -60,7 +60,7 @@ def distinct_names(runs: Sequence[RunInfo]) -> list[str]:
 
 def default_columns(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> list[str]:
     """The default columns in which some run has a value; of these as many as fit, the most telling first."""
-    filled = [name for name in BY_DEFAULT if any(row.get(name) is not None for row in rows)]
+    filled = [name for name in SHOWN_BY_DEFAULT if any(row.get(name) is not None for row in rows)]
     chosen: list[str] = []
     used = -len(GAP)
     for name in filled:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from seedbed.errors import ConfigError
-from seedbed.runs.columns import BY_DEFAULT, COLUMNS, cell, status
+from seedbed.runs.columns import COLUMNS, SHOWN_BY_DEFAULT, cell, status
 from seedbed.runs.folder import RunFolder
 from seedbed.runs.parents import changed_options
 from seedbed.runs.table import default_columns, distinct_names, load_runs, render, table
@@ -191,7 +191,7 @@ def test_default_columns_are_those_with_values_that_fit(tmp_path: Path) -> None:
     assert default_columns(rows) == [name for name in COLUMNS if name in default_columns(rows)]
     assert len(default_columns(rows, 60)) < len(default_columns(rows, 120)) <= len(default_columns(rows))
     assert {"name", "val_loss", "status"} <= set(default_columns(rows, 40))
-    assert set(BY_DEFAULT) <= COLUMNS.keys()
+    assert set(SHOWN_BY_DEFAULT) <= COLUMNS.keys()
     for width in (40, 80, 120):
         assert max(map(len, render(rows, width=width).splitlines())) <= width
 

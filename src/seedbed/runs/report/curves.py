@@ -73,12 +73,12 @@ SPEED_AND_REST = (
     Chart("Memory", "MB, the most so far", ("memory_mb",)),
     Chart("Making batches", "% of the step's time", ("data_share",), noisy=True, convert=_per_cent),
 )
-OF_ONE_RUN = (
+CHARTS_OF_RUN = (
     Chart("Loss", "nats per token", ("train_loss", "val_loss"), noisy=True),
     Chart("Perplexity", "log", ("train_loss", "val_loss"), log=True, noisy=True, faint=False, convert=_perplexity),
     *SPEED_AND_REST,
 )
-OF_SEVERAL_RUNS = (
+CHARTS_OF_RUNS = (
     Chart("Validation loss", "nats per token", ("val_loss",)),
     Chart("Training loss", "nats per token, smoothed", ("train_loss",), noisy=True),
     Chart("Validation perplexity", "log", ("val_loss",), log=True, convert=_perplexity),
@@ -90,7 +90,7 @@ def figures_of_run(series: AllSeries, marks: Iterable[Mark], clipped_above: floa
     """The figures of one run, events marked on the first; one without a single value is left out."""
     axes = _Axes([series])
     figures = []
-    for chart in OF_ONE_RUN:
+    for chart in CHARTS_OF_RUN:
         traces = [trace for name in _present(chart, series) for trace in _traces_of_run(chart, name, series, axes)]
         if traces and chart.title == "Loss":
             traces += _mark_traces(marks, series, axes)
@@ -105,7 +105,7 @@ def figures_of_runs(lines: Sequence[Line]) -> list[Figure]:
     axes = _Axes([series for line in lines for series in line.runs])
     points = max(FEWEST_POINTS, POINTS // max(1, len(lines)))
     figures = []
-    for chart in OF_SEVERAL_RUNS:
+    for chart in CHARTS_OF_RUNS:
         traces = [trace for line, style in styles(lines) for trace in _traces_of_line(chart, line, style, axes, points)]
         if traces:
             figures.append(_figure(chart, traces, axes))
@@ -260,7 +260,7 @@ def _mark_traces(marks: Iterable[Mark], series: AllSeries, axes: _Axes) -> Itera
             return np.asarray(np.interp(steps, curve.step, getattr(curve, column)))
 
         places = Series(steps, *(at_steps(column) for column in ("epoch", "tokens", "elapsed_hours", "values")))
-        trace = _trace(OF_ONE_RUN[0], places, name, axes)
+        trace = _trace(CHARTS_OF_RUN[0], places, name, axes)
         yield {
             **trace,
             "mode": "markers",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from seedbed.config import REGIMES, is_users_choice
+from seedbed.config import REGIMES, Origin, origin_of
 from seedbed.findings import Finding
 from seedbed.runs.columns import COLUMNS, cell, score, status
 from seedbed.runs.folder import FINISHED, read_records
@@ -184,8 +184,8 @@ def options(run: RunInfo) -> dict[str, list[Cells]]:
     """Name, value and source of the options that the user chose, and of the rest."""
     parts: dict[str, list[Cells]] = {"chosen": [], "rest": []}
     for name, value in run.options.items():
-        source = str(run.sources.get(name, "default"))
-        part = "chosen" if is_users_choice(source) else "rest"
+        source = run.source(name)
+        part = "chosen" if origin_of(source) is Origin.USER else "rest"
         parts[part].append((name, show(value), source))
     return parts
 
