@@ -61,17 +61,17 @@ _weights_everywhere = True
 
 
 def rank() -> int:
-    """Which process this is, from 0."""
+    """Which process this is, from 0 to the world size."""
     return _group.rank if _group else 0
 
 
 def size() -> int:
-    """How many processes there are."""
+    """The world size: how many processes there are."""
     return _group.size if _group else 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes the run folder and speaks."""
+    """Whether this is rank 0, the process that writes the run folder and speaks."""
     return rank() == 0
 
 
@@ -134,17 +134,17 @@ def largest_share(count: int) -> int:
 
 
 def total(value: float) -> float:
-    """The sum of what all processes have, in float64."""
+    """The sum of what all processes have, in float64: an all-reduce."""
     return _group.reduced([value], dist.ReduceOp.SUM)[0] if _group else value
 
 
 def most(*values: float) -> Sequence[float]:
-    """Of each value the largest that any process has."""
+    """Of each value the largest that any process has: an all-reduce."""
     return _group.reduced(values, dist.ReduceOp.MAX) if _group else values
 
 
 def of_first(tensor: Tensor) -> Tensor:
-    """What the first process has, in all of them; of one shape and type everywhere."""
+    """The tensor of rank 0 in all processes: a broadcast, into one of the same shape and type."""
     if _group:
         dist.broadcast(tensor, 0)
     return tensor

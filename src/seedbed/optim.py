@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from seedbed.config import TrainingOptions
 from seedbed.errors import ConfigError
 from seedbed.lowbit import DEVICES, import_bitsandbytes
-from seedbed.parallel import is_part, like, own_part
+from seedbed.parallel import distribute_like, is_dtensor, to_local
 
 _MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
 """Adam's two moments, and the numbers they have in bitsandbytes."""
@@ -53,7 +53,7 @@ def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.O
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = _decay_groups(trainable, options.weight_decay)
     if options.optimizer == "sgd":
-        fused = not any(map(is_part, trainable))  # no kernel for parts of weights
+        fused = not any(map(is_dtensor, trainable))  # no kernel for sharded weights
         return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.beta1, fused=fused)
     adam: dict[str, Any] = {
         "lr": options.learning_rate,
@@ -168,7 +168,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     if is_8bit(optimizer):
         states = {name: _from_bitsandbytes(state) for name, state in states.items() if state}
     return {
-        f"{name}/{key}": own_part(value)
+        f"{name}/{key}": to_local(value)
         for name, state in states.items()
         for key, value in state.items()
         if isinstance(value, Tensor)
@@ -185,7 +185,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
     states: dict[str, dict[str, Tensor]] = {}
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
-        states.setdefault(name, {})[key] = like(value, parameters[name])
+        states.setdefault(name, {})[key] = distribute_like(value, parameters[name])
     for name, state in states.items():
         expected = _state_keys(optimizer, parameters[name])
         if state.keys() != expected:

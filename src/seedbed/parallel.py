@@ -1,4 +1,4 @@
-"""A model and its optimizer over several processes: whole in each of them (DDP), or a part in each (FSDP).
+"""A model and its optimizer over several processes: replicated in each (DDP), or sharded (FSDP).
 
 Both are PyTorch's own: `DistributedDataParallel` and `fully_shard`. Gradients come out as the mean over processes.
 """
@@ -54,10 +54,10 @@ def _replicate(model: Decoder) -> Spread:
 
 
 def _shard(model: Decoder, device: torch.device, precision: Precision) -> Spread:
-    """Every block, and what is around the blocks, is a group whose weights are put together when they are needed.
+    """Every block, and what is around the blocks, is an FSDP unit, whose weights are gathered when they are needed.
 
-    Only the first process has weights before; nobody has all of them on the device after. What is around the blocks
-    stays in float32, and together until the loss has read the head.
+    Before, only rank 0 has weights; after, nobody has all of them on its device. What is around the blocks stays in
+    float32, and gathered until the loss has read the head.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -70,36 +70,36 @@ def _shard(model: Decoder, device: torch.device, precision: Precision) -> Spread
         fully_shard(block, mesh=mesh, mp_policy=bf16 if precision == "bf16" else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     model.to_empty(device=device)
-    _hand_out(model, state)
-    return Spread(model, lambda _last: None)  # gradients kept for the last would be whole ones
+    _load_full_state(model, state)
+    return Spread(model, lambda _last: None)  # without reduction, gradients would be kept unsharded
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process has only a part of each weight."""
-    return any(is_part(parameter) for parameter in model.parameters())
+    """Whether each process has a shard of the weights, as FSDP leaves them."""
+    return any(is_dtensor(parameter) for parameter in model.parameters())
 
 
-def is_part(tensor: Tensor) -> bool:
-    """Whether it is this process's part of a tensor."""
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is a `DTensor`, of which each process has a shard."""
     return hasattr(tensor, "full_tensor")  # `isinstance` would import all of it for those who train alone
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor that all parts make; all processes ask for it together."""
-    return tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+    """The full tensor that all shards make; a collective, so all processes ask for it."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """What this process has of it."""
-    return tensor.to_local() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+def to_local(tensor: Tensor) -> Tensor:
+    """This process's shard; a tensor that is not sharded as it is."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A copy on the parameter's device, and of it the part that this process has of the parameter.
+def distribute_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A copy of a full tensor on the parameter's device, sharded as the parameter is.
 
     What is a view of a file would be copied in the first step, page by page: that takes three times as long.
     """
-    if not is_part(parameter) or not tensor.dim():
+    if not is_dtensor(parameter) or not tensor.dim():
         return tensor.to(parameter.device, copy=True)
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -114,17 +114,18 @@ def with_weights(model: nn.Module, work: Callable[[], T]) -> T:
     return work() if is_sharded(model) else distributed.on_first(work)
 
 
-def put_apart(model: nn.Module) -> None:
-    """Forget the whole weights that were put together outside of training."""
+def reshard(model: nn.Module) -> None:
+    """Free the full weights that were gathered outside of training."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
-        reshard: Callable[[], None] | None = getattr(module, "reshard", None)
-        if reshard:
-            reshard()
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()
 def gathered(model: Decoder) -> Decoder:
-    """The whole model in the first process's memory, weight by weight; elsewhere one without weights."""
+    """The full model on rank 0, in its memory and gathered weight by weight; on other ranks one without weights."""
     with torch.device("meta"):
         copy = Decoder(model.config)
         if model.adapter is not None:
@@ -142,12 +143,12 @@ def load(model: Decoder, saved: Decoder) -> None:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = {name: parameter.detach() for name, parameter in saved.named_parameters() if name in trained}
     if is_sharded(model):
-        _hand_out(model, state if distributed.is_first() else {}, strict=False)
+        _load_full_state(model, state if distributed.is_first() else {}, strict=False)
     else:
         model.load_state_dict(state, strict=False)
 
 
-def _hand_out(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+def _load_full_state(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)

@@ -21,7 +21,7 @@ from seedbed.device import empty_cache, is_out_of_memory
 from seedbed.errors import OutOfMemoryError, SeedbedError, StorageError
 from seedbed.model.decoder import Decoder
 from seedbed.optim import optimizer_tensors
-from seedbed.parallel import gathered, is_sharded, put_apart
+from seedbed.parallel import gathered, is_sharded, reshard
 from seedbed.train.job import Job
 from seedbed.train.progress import Display
 from seedbed.train.stopping import Stopwatch
@@ -165,8 +165,8 @@ class Saver:
             return [_by_first(lambda: self._write(folder, self._weights()))]
         whole: list[Decoder] = []
         return [
-            lambda: whole.append(self._put_together()),
-            lambda: self._write_part(folder),
+            lambda: whole.append(self._gathered()),
+            lambda: self._write_shard(folder),
             _by_first(lambda: self._publish(folder, whole.pop())),
         ]
 
@@ -179,13 +179,13 @@ class Saver:
         model, optimizer, state = weights.model, weights.optimizer, weights.state
         save_checkpoint(folder, model, job.tokenizer, optimizer, state, job.keeping.companions)
 
-    def _put_together(self) -> Decoder:
-        """In the first process's memory, weight by weight."""
-        put_apart(self._job.model)
+    def _gathered(self) -> Decoder:
+        """The full model, on rank 0."""
+        reshard(self._job.model)
         return gathered(self._job.model)
 
-    def _write_part(self, folder: Path) -> None:
-        """This process's part of the optimizer."""
+    def _write_shard(self, folder: Path) -> None:
+        """This process's shard of the optimizer."""
         tensors = optimizer_tensors(self._job.model, self._job.optimizer)
         rank, size = distributed.rank(), distributed.size()
         own = {name: tensor for name, tensor in tensors.items() if tensor.dim() or rank == 0}

@@ -92,7 +92,7 @@ def look_at_spike(job: Job, step: int) -> dict[str, Any]:
     rows = measured_rows(job, step, job.precision)
     nats, places = sum(row.nats for row in rows), sum(len(row.input_ids) for row in rows)
     worst = sorted(rows, key=lambda row: -row.loss)[:ROWS_NAMED]
-    # What is in parts is put together in bf16.
+    # Sharded weights are gathered in bf16.
     again = job.precision != "fp32" and not is_sharded(job.model)
     in_float32 = _loss(measured_rows(job, step, "fp32")) if again else None
     return {

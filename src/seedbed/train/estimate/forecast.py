@@ -24,7 +24,7 @@ from seedbed.loss import chunk_tokens
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder, num_parameters
 from seedbed.optim import optimizer_tensors
-from seedbed.parallel import is_sharded, own_part
+from seedbed.parallel import is_sharded, to_local
 from seedbed.train.estimate.footprint import CODE_BYTES, MIB, SCATTERED, UNUSED, Footprint, free_bytes, resident_bytes
 from seedbed.train.estimate.pace import Pace
 from seedbed.train.estimate.scaling import Traffic, describe_scaling, step_traffic
@@ -187,7 +187,7 @@ def forecast_run(
     config, model = made.prepared.config, made.model
     validations = [made.prepared.corpus.validation, *(known.validation for known in made.keeping.earlier)]
     parameters, trained = sizes_of(model)
-    held = (*map(own_part, model.parameters()), *optimizer_tensors(model, optimizer).values())
+    held = (*map(to_local, model.parameters()), *optimizer_tensors(model, optimizer).values())
     workload = Workload(
         config,
         model.config,

@@ -1,8 +1,8 @@
 """What several processes send each other in a step, and what is left of their speed.
 
-Bytes are counted for rings, as NCCL and gloo make them: each process sends (n - 1) / n of what is put together or
-added up. Waiting is counted for rings where parts are put together, and for trees where gradients are added up, as
-NCCL does among many (Sanders et al., 2009).
+Bytes are counted for rings, as NCCL and gloo make them: each process sends (n - 1) / n of what is gathered or reduced.
+Waiting is counted for rings where weights are gathered, and for trees where gradients are reduced, as NCCL does among
+many (Sanders et al., 2009).
 """
 
 from __future__ import annotations
