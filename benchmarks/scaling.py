@@ -25,7 +25,7 @@ from seedbed.data.python_docs import python_docs
 from seedbed.model.config import DecoderConfig, from_scratch
 from seedbed.model.decoder import num_parameters
 from seedbed.runs.folder import read_records
-from seedbed.train.estimate.scaling import LINKS, step_traffic
+from seedbed.train.estimate.scaling import LINKS, Exchange
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 RESULTS: Final = ROOT / "benchmarks" / "results" / "scaling.json"
@@ -129,19 +129,10 @@ def simulated(name: str, gpus: int, rows: int) -> dict[str, Any]:
     block = (parameters - config.vocab_size * config.d_model) / config.num_layers
     ends = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
     part = 16 * parameters / gpus + 2 * 2 * block + 4 * block + 8 * ends + kept
-    ways = {"DDP": (whole, False), "FSDP": (part, True)}
+    exchange = Exchange(parameters, parameters, gpus, rows // at_once, product_bytes=2, units=config.num_layers + 1)
+    ways = {"DDP": (whole, exchange.ddp(seconds)), "FSDP": (part, exchange.fsdp(seconds))}
     found = {}
-    for way, (memory, sharded) in ways.items():
-        traffic = step_traffic(
-            parameters,
-            parameters,
-            gpus,
-            seconds,
-            sharded=sharded,
-            micro_batches=rows // at_once,
-            product_bytes=2,
-            groups=config.num_layers + 1,
-        )
+    for way, (memory, traffic) in ways.items():
         efficiency = traffic.efficiency(link)
         found[way] = {
             "memory_gb": memory / 1e9,

@@ -11,7 +11,7 @@ from seedbed import distributed, parallel
 from seedbed.errors import ConfigError, LostProcessError, StorageError
 from seedbed.model.config import from_scratch
 from seedbed.model.decoder import Decoder
-from seedbed.train.estimate.scaling import BUCKET, Link, Traffic, bytes_sent, messages_sent
+from seedbed.train.estimate.scaling import BUCKET, Exchange, Link, Traffic
 
 
 def test_alone_there_is_nothing_to_agree_on() -> None:
@@ -89,19 +89,19 @@ def test_one_process_shares_a_model_with_nobody() -> None:
 
 def test_what_is_sent() -> None:
     """A ring sends each number on (n - 1) times, in n parts; added up and handed out again it is twice that."""
-    assert bytes_sent(100, 100, 1, sharded=False, micro_batches=4, product_bytes=4) == 0
-    assert bytes_sent(100, 10, 4, sharded=False, micro_batches=4, product_bytes=4) == 2 * 3 / 4 * 4 * 10
-    assert bytes_sent(100, 100, 4, sharded=True, micro_batches=3, product_bytes=2) == 3 * 3 / 4 * (
-        2 * 2 * 100 + 4 * 100
-    )
+    assert Exchange(100, 100, 1, micro_batches=4).ddp(1.0).num_bytes == 0
+    assert Exchange(100, 10, 4, micro_batches=4).ddp(1.0).num_bytes == 2 * 3 / 4 * 4 * 10
+    sharded = Exchange(100, 100, 4, micro_batches=3, product_bytes=2).fsdp(1.0)
+    assert sharded.num_bytes == 3 * 3 / 4 * (2 * 2 * 100 + 4 * 100)
 
 
 def test_how_many_messages_wait_for_one_another() -> None:
-    """A tree of 8 is three deep, up and down, for each bucket; a ring of 8 has seven links, three times a group."""
+    """A tree of 8 is three deep, up and down, for each bucket; a ring of 8 has seven links, three times a unit."""
     trained = BUCKET / 4 * 1.5
-    assert messages_sent(trained, 1, sharded=False, micro_batches=4, groups=13) == 0
-    assert messages_sent(trained, 8, sharded=False, micro_batches=4, groups=13) == 2 * 2 * 3
-    assert messages_sent(trained, 8, sharded=True, micro_batches=4, groups=13) == 4 * 13 * 3 * 7
+    alone, eight = (Exchange(trained, trained, count, micro_batches=4, units=13) for count in (1, 8))
+    assert alone.ddp(1.0).messages == 0
+    assert eight.ddp(1.0).messages == 2 * 2 * 3
+    assert eight.fsdp(1.0).messages == 4 * 13 * 3 * 7
 
 
 def test_what_is_sent_hides_behind_the_way_back() -> None:

@@ -93,12 +93,12 @@ class Footprint:
         between = self.weights + self.optimizer + max(saving, self.writing)
         return self.program + max(training, self.loading, between)
 
-    def shared(self, processes: int, block: float, ends: float) -> Footprint:
-        """That of one of several processes which share the model: its part, and what it puts together to use it.
+    def sharded(self, processes: int, block: float, ends: float) -> Footprint:
+        """That of one of several processes among which the model is sharded, with what it gathers to use it.
 
         Args:
             processes: how many.
-            block: bytes of the largest block's weights, of which two are together at once.
+            block: bytes of the largest block's weights, of which two are gathered at once.
             ends: bytes of what is around the blocks.
         """
         return replace(

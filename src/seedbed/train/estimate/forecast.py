@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from seedbed.optim import optimizer_tensors
 from seedbed.parallel import is_sharded, to_local
 from seedbed.train.estimate.footprint import CODE_BYTES, MIB, SCATTERED, UNUSED, Footprint, free_bytes, resident_bytes
 from seedbed.train.estimate.pace import Pace
-from seedbed.train.estimate.scaling import Traffic, describe_scaling, step_traffic
+from seedbed.train.estimate.scaling import Exchange, Traffic, describe_scaling
 from seedbed.train.estimate.trial import Costs, head_learns, kinds_of, outline, tensor_bytes, try_out
 from seedbed.train.estimate.workload import Look, Workload, look_at, sizes_of, ways_to_keep
 from seedbed.train.finetune import make_adapter
@@ -218,21 +217,7 @@ def forecast(run: Workload, seconds: float = 3.0) -> Forecast:
     program = resident_bytes() - run.loaded_bytes + CODE_BYTES if on_cpu else 0.0
     pace = Pace(run, model, costs, look)
     whole = _footprint(run, model, costs, device, precision, look, program)
-    block = max(cost.weight_bytes for cost in costs.blocks)
-    narrow = 1 if precision == "fp32" else 2
-    shared = whole.shared(run.processes, block / narrow, float(costs.ends.weight_bytes))
-    traffic = partial(
-        step_traffic,
-        parameters,
-        trained,
-        run.processes,
-        pace.step,
-        micro_batches=run.micro_batches,
-        product_bytes=4 // narrow,
-        groups=run.shape.num_layers + 1,
-    )
-    ways = {"ddp": (whole, traffic(sharded=False)), "fsdp": (shared, traffic(sharded=True))}
-    footprint = shared if run.sharded else whole
+    ways = _ways_to_share(run, model, whole, costs, pace.step, precision)
     free = free_bytes(device)
     return Forecast(
         parameters=parameters,
@@ -240,7 +225,7 @@ def forecast(run: Workload, seconds: float = 3.0) -> Forecast:
         device=device,
         shape=run.shape,
         config=config,
-        footprint=footprint,
+        footprint=ways["fsdp" if run.sharded else "ddp"][0],
         free_bytes=None if free is None else free + (resident_bytes() if on_cpu else run.loaded_bytes),
         peak_so_far=peak_so_far,
         step_seconds=pace.step,
@@ -255,6 +240,23 @@ def forecast(run: Workload, seconds: float = 3.0) -> Forecast:
         processes=run.processes,
         ways=ways,
     )
+
+
+def _ways_to_share(
+    run: Workload, model: Decoder, whole: Footprint, costs: Costs, step_seconds: float, precision: Precision
+) -> dict[str, tuple[Footprint, Traffic]]:
+    """What each process takes, and sends in a step, with the model replicated and with the model sharded."""
+    product_bytes = 4 if precision == "fp32" else 2
+    exchange = Exchange(
+        *sizes_of(model),
+        processes=run.processes,
+        micro_batches=run.micro_batches,
+        product_bytes=product_bytes,
+        units=run.shape.num_layers + 1,
+    )
+    block = max(cost.weight_bytes for cost in costs.blocks) * product_bytes / 4
+    sharded = whole.sharded(run.processes, block, float(costs.ends.weight_bytes))
+    return {"ddp": (whole, exchange.ddp(step_seconds)), "fsdp": (sharded, exchange.fsdp(step_seconds))}
 
 
 def describe_forecast(display: Display, forecast: Forecast) -> None:

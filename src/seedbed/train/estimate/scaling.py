@@ -30,7 +30,7 @@ LINKS: Final = {
 BACKWARD: Final = 2 / 3
 """Of a step's time, the share in which gradients are sent while others are still made."""
 BUCKET: Final = 25 << 20
-"""Bytes of gradients that DDP adds up at once."""
+"""Bytes of gradients that DDP reduces at once."""
 
 
 @dataclass(frozen=True)
@@ -51,60 +51,47 @@ class Traffic:
         return self.seconds / self.step_seconds(link)
 
 
-def step_traffic(
-    parameters: float,
-    trained: float,
-    processes: int,
-    seconds: float,
-    *,
-    sharded: bool,
-    micro_batches: int,
-    product_bytes: int,
-    groups: int,
-) -> Traffic:
-    """A step of so many seconds, with what is sent in it; arguments as in the two functions below."""
-    sent = bytes_sent(
-        parameters, trained, processes, sharded=sharded, micro_batches=micro_batches, product_bytes=product_bytes
-    )
-    messages = messages_sent(trained, processes, sharded=sharded, micro_batches=micro_batches, groups=groups)
-    return Traffic(sent, messages, seconds)
+@dataclass(frozen=True)
+class Exchange:
+    """What decides how much the processes of a run send each other in a step."""
 
+    parameters: float
+    """Weights in all."""
+    trained: float
+    """Those that learn."""
+    processes: int
+    micro_batches: int = 1
+    """Of one process, in a step."""
+    product_bytes: int = 4
+    """Of a number in a product."""
+    units: int = 1
+    """Groups of weights that FSDP gathers at once: the blocks, and what is outside them."""
 
-def bytes_sent(
-    parameters: float, trained: float, processes: int, *, sharded: bool, micro_batches: int, product_bytes: int
-) -> float:
-    """What one process sends in a step.
+    def ddp(self, seconds: float) -> Traffic:
+        """A step that computes for so many seconds and reduces float32 gradients once, a bucket at a time."""
+        buckets = math.ceil(4 * self.trained / BUCKET)
+        return Traffic(
+            num_bytes=2 * self._others * 4 * self.trained,
+            messages=buckets * 2 * math.ceil(math.log2(self.processes)),
+            seconds=seconds,
+        )
 
-    DDP adds up float32 gradients once. FSDP puts the weights together, in the type of the products, on the way
-    forward and once more on the way back, and adds the gradients up, in every micro-batch.
+    def fsdp(self, seconds: float) -> Traffic:
+        """One that in every micro-batch gathers the weights, in the type of the products, and reduces gradients.
 
-    Args:
-        parameters: weights in all.
-        trained: those that learn.
-        processes: how many.
-        sharded: FSDP, else DDP.
-        micro_batches: of one process, in a step.
-        product_bytes: of a number in a product.
-    """
-    others = (processes - 1) / processes
-    if not sharded:
-        return 2 * others * 4 * trained
-    return micro_batches * others * (2 * product_bytes * parameters + 4 * trained)
+        Weights are gathered on the way forward and once more on the way back.
+        """
+        weights, gradients = 2 * self.product_bytes * self.parameters, 4 * self.trained
+        return Traffic(
+            num_bytes=self.micro_batches * self._others * (weights + gradients),
+            messages=self.micro_batches * self.units * 3 * (self.processes - 1),
+            seconds=seconds,
+        )
 
-
-def messages_sent(trained: float, processes: int, *, sharded: bool, micro_batches: int, groups: int) -> int:
-    """How many messages of a step wait for one another.
-
-    Args:
-        trained: weights that learn.
-        processes: how many.
-        sharded: FSDP, else DDP.
-        micro_batches: of one process, in a step.
-        groups: of weights that FSDP puts together at once: the blocks, and what is outside them.
-    """
-    if not sharded:
-        return math.ceil(4 * trained / BUCKET) * 2 * math.ceil(math.log2(processes))
-    return micro_batches * groups * 3 * (processes - 1)
+    @property
+    def _others(self) -> float:
+        """The share of all processes that are others."""
+        return (self.processes - 1) / self.processes
 
 
 def describe_scaling(traffic: Traffic) -> dict[str, Any]:
