@@ -12,7 +12,7 @@ import torch
 
 from seedbed import distributed
 from seedbed.checkpoint import read_optimizer, read_state
-from seedbed.config import Config
+from seedbed.config import Config, WatchOptions
 from seedbed.data import WholeRows
 from seedbed.data.conversations import from_document
 from seedbed.data.streaming import StreamedRows
@@ -24,7 +24,7 @@ from seedbed.model.decoder import Decoder, num_parameters
 from seedbed.model.shape import ASSUMED_VOCAB, decoder_config
 from seedbed.optim import build_optimizer, load_optimizer_tensors
 from seedbed.parallel import Strategy, spread
-from seedbed.runs.folder import RECORD_FILES
+from seedbed.runs.folder import RECORD_FILES, RunFolder
 from seedbed.schedule import Schedule
 from seedbed.text.template import Template
 from seedbed.train.announce import describe_corpus, describe_findings, describe_model, describe_schedule
@@ -53,13 +53,12 @@ def build_job(start: Start, display: Display) -> Job:
         ConfigError, DataError, CheckpointError, StorageError: what is wrong, before any training.
     """
     require_known_findings(start.config)
-    run, checkpoint = start.run, start.checkpoint
     device = distributed.local_device(pick_device(start.config.training.device))
     precision = pick_precision(start.config.training.precision, device)
     config = settled(start.config, precision)
     strategy = pick_strategy(config, device, precision)
     made = gather(start, config, strategy, display)
-    prepared, config, texts = made.prepared, made.prepared.config, made.prepared.texts
+    prepared, config = made.prepared, made.prepared.config
     training, watching = config.training, config.watching
     sample = sample_prompt(prepared)
 
@@ -70,17 +69,14 @@ def build_job(start: Start, display: Display) -> Job:
     shared = spread(model, strategy, device, precision)
     optimizer = build_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    state = restore(checkpoint, model, optimizer, scaler)
+    state = restore(start.checkpoint, model, optimizer, scaler)
     if isinstance(made.rows, StreamedRows) and state.shard_rows:
         made.rows.found = list(state.shard_rows)
     tell_of_other_bits(display, state, {**envelope(device), "processes": distributed.size()})
     epochs, total_steps = length(config, made.rows)
     schedule = make_schedule(training, total_steps)
     expected = forecast_run(made, optimizer, state, total_steps)
-    overlap = texts.overlap() if checkpoint is None and not config.continues else []
-    noticed = [*texts.changed_since(state.text), *overlap, *expected.findings()]
-    state.text = texts.fingerprint()
-    findings = say_what_comes(display, made, schedule, expected, noticed)
+    findings = say_what_comes(display, made, schedule, expected, look_at_texts(start, prepared, state))
     begin_records(start, prepared, state, findings)
     return Job(
         model=model,
@@ -95,12 +91,12 @@ def build_job(start: Start, display: Display) -> Job:
         precision=precision,
         training=training,
         watching=watching,
-        run=run,
-        board=Board(run.path / "tensorboard" if watching.tensorboard and distributed.is_first() else None, state.step),
+        run=start.run,
+        board=open_board(start.run, watching, state.step),
         state=state,
         epochs=epochs,
         total_steps=total_steps,
-        parent=start.config.parent or start.parent or (None if config.regime == "scratch" else config.model.model),
+        parent=parent_of(start, config),
         sample=sample,
         keeping=made.keeping,
         facts={
@@ -109,6 +105,19 @@ def build_job(start: Start, display: Display) -> Job:
             "forecast": expected.to_summary(),
         },
     )
+
+
+def parent_of(start: Start, config: Config) -> str | None:
+    """The run, checkpoint or pretrained model that a run begins from; None for one from scratch."""
+    if begun_from := start.config.parent or start.parent:
+        return begun_from
+    return None if config.regime == "scratch" else config.model.model
+
+
+def open_board(run: RunFolder, watching: WatchOptions, step: int) -> Board:
+    """TensorBoard's files of a run, which the first process writes."""
+    wanted = watching.tensorboard and distributed.is_first()
+    return Board(run.path / "tensorboard" if wanted else None, step)
 
 
 def gather(start: Start, config: Config, strategy: Strategy, display: Display) -> Ingredients:
@@ -207,6 +216,17 @@ def tell_of_other_bits(display: Display, state: TrainingState, now: dict[str, An
     state.envelope = now
 
 
+def look_at_texts(start: Start, prepared: Prepared, state: TrainingState) -> list[Finding]:
+    """Warnings of text that is not the one the run began with, and of held-out text that is also learnt.
+
+    From now on the state remembers the text as it is.
+    """
+    texts, begun_from = prepared.texts, state.text
+    state.text = texts.fingerprint()
+    is_new = start.checkpoint is None and not prepared.config.continues
+    return [*texts.changed_since(begun_from), *(texts.overlap() if is_new else [])]
+
+
 def say_what_comes(
     display: Display, made: Ingredients, schedule: Schedule, expected: Forecast, noticed: Sequence[Finding]
 ) -> list[Finding]:
@@ -221,7 +241,7 @@ def say_what_comes(
     describe_model(display, made.model)
     describe_schedule(display, schedule)
     describe_forecast(display, expected)
-    findings = [*look_ahead(prepared, schedule), *noticed]
+    findings = [*look_ahead(prepared, schedule), *noticed, *expected.findings()]
     findings = sift(findings, strict=config.watching.strict, allow=config.watching.allow)
     if MEMORY not in config.watching.allow:
         expected.require_memory()
