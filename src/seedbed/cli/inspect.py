@@ -168,35 +168,28 @@ def show_data(ctx: click.Context, /, num: int, model: str | None, as_json: bool,
     console = make_console(as_json)
     display = Display(console, log_every=1)
     texts = open_training_texts(options)
-    loaded = make_tokenizer(options, texts, display)
-    reading = reading_of(config, texts, loaded)
-    loaded, corpus = reading.tokenizer, tokenize(texts, reading, options, config.training, display)
+    reading = reading_of(config, texts, make_tokenizer(options, texts, display))
+    corpus = tokenize(texts, reading, options, config.training, display)
+    held_out = corpus.validation.num_documents if corpus.validation else 0
     rows = [corpus.rows.row(0, index) for index in range(min(num, len(corpus.rows)))]
     if as_json:
         print_json(
             {
                 "documents": corpus.num_documents,
-                "validation_documents": corpus.validation.num_documents if corpus.validation else 0,
+                "validation_documents": held_out,
                 "rows": len(corpus.rows),
                 "tokens": corpus.rows.num_targets,
-                "examples": [_row_json(row, loaded) for row in rows],
+                "examples": [_row_json(row, reading.tokenizer) for row in rows],
             }
         )
         return
-    held = corpus.validation.num_documents if corpus.validation else 0
     console.print(
-        f"{corpus.num_documents:,} training documents, {held:,} held out; {len(corpus.rows):,} rows of "
+        f"{corpus.num_documents:,} training documents, {held_out:,} held out; {len(corpus.rows):,} rows of "
         f"{options.max_seq_len} tokens, {corpus.rows.num_targets:,} predicted an epoch",
         highlight=False,
     )
     for number, row in enumerate(rows):
-        predicted = int((row.labels != NO_TARGET).sum())
-        console.print(
-            f"\nRow {number}: {predicted} of {len(row.labels)} tokens predicted",
-            style="bold",
-            highlight=False,
-        )
-        _print_row(row, loaded, console)
+        _print_row(number, row, reading.tokenizer, console)
 
 
 def _row_json(row: Row, loaded: Tokenizer) -> dict[str, Any]:
@@ -209,11 +202,13 @@ def _row_json(row: Row, loaded: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _print_row(row: Row, loaded: Tokenizer, console: Console) -> None:
+def _print_row(number: int, row: Row, loaded: Tokenizer, console: Console) -> None:
     """Each token by its own fate: whether it was predicted from the one before it.
 
     Runs of tokens with one fate are decoded together, so that characters of several tokens stay whole.
     """
+    predicted = int((row.labels != NO_TARGET).sum())
+    console.print(f"\nRow {number}: {predicted} of {len(row.labels)} tokens predicted", style="bold", highlight=False)
     first = np.append(row.position_ids[:1] == 0, row.segment_ids[1:] != row.segment_ids[:-1])
     length = int(np.flatnonzero(row.labels != NO_TARGET)[-1]) + 1
     tokens: list[tuple[int, str, bool]] = []  # id, fate, whether a document begins before it

@@ -103,9 +103,10 @@ def open_source(
         return _open_named(spec, document, split)
     if split != "train":
         raise ConfigError(f"{spec} has no split {split!r}: only named sources have official splits. Use --val_data")
-    paths = find_files(spec, flag)
-    for path in paths:
-        refuse_if_not_text(path)
+    return _open_files(spec, _find_texts(spec, flag), text_column, document, format)
+
+
+def _open_files(spec: str, paths: Sequence[Path], text_column: str, document: str, format: str) -> Source:
     if document != "auto" and all(path.suffix.lower() in TABLE_SUFFIXES for path in paths):
         raise ConfigError(f"--document {document} is for text files; in {spec} each row is a document")
     resolved = _common_format(spec, paths, text_column) if format == "auto" else format
@@ -119,7 +120,7 @@ def open_source(
 
     return Source(
         name=spec,
-        split=split,
+        split="train",
         splits=("train",),
         format=resolved,
         _read=lambda: (document for path in paths for document in documents(path)),
@@ -144,9 +145,7 @@ def open_whole(
     if spec in NAMED and not Path(spec).exists():
         best = next(name for name in ("test", "validation", "train") if name in NAMED[spec].splits)
         return open_source(spec, document=document or "auto", split=split or best, format=format)
-    paths = find_files(spec, "--data")
-    for path in paths:
-        refuse_if_not_text(path)
+    paths = _find_texts(spec, "--data")
     if format == "auto":
         format = _common_format(spec, paths, text_column)
     in_pieces = format != "text" or all(path.suffix.lower() in TABLE_SUFFIXES for path in paths)
@@ -185,6 +184,14 @@ def _open_named(name: str, document: str, split: str) -> Source:
         _hash=cache(lambda: _hash_texts(documents())),
         _size=lambda: sum(len(text.encode()) for text in documents()),
     )
+
+
+def _find_texts(spec: str, flag: str) -> list[Path]:
+    """The files that `spec` means, none of which looks like anything but text."""
+    paths = find_files(spec, flag)
+    for path in paths:
+        refuse_if_not_text(path)
+    return paths
 
 
 def _common_format(spec: str, paths: Sequence[Path], text_column: str) -> str:
