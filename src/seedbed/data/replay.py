@@ -73,7 +73,7 @@ class ReplayRows:
         assert store.mask is None, "an answer is never cut from its question"
         self._store = store
         self._documents = np.asarray(documents, dtype=np.int64)
-        self._lengths = np.diff(store.offsets)[self._documents]
+        self._lengths = store.lengths[self._documents]
         self._seed = seed
         self.max_seq_len = max_seq_len
         self.num_targets = num_targets

@@ -70,7 +70,7 @@ class PackedRows:
         self._seed = seed
         self._shuffle = shuffle
         self.max_seq_len = max_seq_len
-        lengths = np.diff(store.offsets)[self._documents]
+        lengths = store.lengths[self._documents]
         self.num_targets = int(lengths.sum())
         self.target_bytes = int(store.target_bytes[self._documents].sum())
         if self.num_targets == 0:
@@ -102,7 +102,7 @@ class PackedRows:
             if self._shuffle:
                 documents = documents[permutation(self._seed, epoch, 0, len(documents))]
                 rows = permutation(self._seed, epoch, 1, len(self))
-            lengths = np.diff(self._store.offsets)[documents]
+            lengths = self._store.lengths[documents]
             starts = np.concatenate([[0], np.cumsum(lengths)])
             self._order = order = (epoch, documents, starts, rows)
         return order[1:]
@@ -137,16 +137,15 @@ class WholeRows:
         self._shuffle = shuffle
         self.max_seq_len = max_seq_len
         documents = np.asarray(documents, dtype=np.int64)
-        targets = _targets_within(store, documents, max_seq_len)  # (documents,)
-        self.num_targets = int(targets.sum())
-        self.untrained_documents = int((targets == 0).sum())
-        whole = np.maximum(1, _targets_within(store, documents, int(np.diff(store.offsets).max())))
-        # Of a document that is cut, the bytes that its share of the targets stands for.
-        self.target_bytes = max(1, round((store.target_bytes[documents] * (targets / whole)).sum()))
-        lengths = np.diff(store.offsets)[documents]
+        lengths, targets = store.lengths[documents], _targets_within(store, documents, max_seq_len)  # (documents,) each
         self.longest = int(lengths.max())
         self.truncated_documents = int((lengths > max_seq_len).sum())
         self.truncated_tokens = int((lengths - np.minimum(lengths, max_seq_len)).sum())
+        self.num_targets = int(targets.sum())
+        self.untrained_documents = int((targets == 0).sum())
+        # Of a document that is cut, the bytes that its share of the targets stands for.
+        whole = np.maximum(1, _targets_within(store, documents, self.longest))
+        self.target_bytes = max(1, round((store.target_bytes[documents] * (targets / whole)).sum()))
         if self.num_targets == 0:
             raise TooLittleTextError(
                 f"every label is masked: none of the {len(documents):,} examples has a token to learn within "
@@ -250,7 +249,7 @@ def best_fit(lengths: Ints, capacity: int) -> list[list[int]]:
 
 def _targets_within(store: Store, documents: Ints, limit: int) -> Ints:
     """How many of each document's first `limit` tokens are targets of the loss, (documents,)."""
-    lengths = np.minimum(np.diff(store.offsets)[documents], limit)
+    lengths = np.minimum(store.lengths[documents], limit)
     if store.mask is None:
         return lengths
     before = np.concatenate([[0], np.cumsum(store.mask, dtype=np.int64)])  # (tokens + 1,)

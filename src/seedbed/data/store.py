@@ -72,6 +72,11 @@ class Store:
         return len(self.digests)
 
     @property
+    def lengths(self) -> NDArray[np.int64]:
+        """How many tokens each document has, (documents,)."""
+        return np.diff(self.offsets)
+
+    @property
     def num_tokens(self) -> int:
         """All tokens, one end of text for each document among them."""
         return len(self.stream)
@@ -229,13 +234,13 @@ def _build(folder: Path, source: Source, reading: Reading, progress: Progress | 
 class _Batch:
     """Some documents as they stand in the store; every list but `ids` and `mask` has one entry a document."""
 
-    ids: array[int]
-    mask: list[bool]
-    lengths: list[int]
-    starts: list[int]
-    digests: list[int]
-    num_bytes: list[int]
-    target_bytes: list[int]
+    ids: array[int] = field(default_factory=lambda: array("I"))
+    mask: list[bool] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)
+    num_bytes: list[int] = field(default_factory=list)
+    target_bytes: list[int] = field(default_factory=list)
     without_end: int = 0
 
 
@@ -296,17 +301,15 @@ def _texts(source: Source, tokenizer: Tokenizer) -> Generator[_Batch]:
             # A document larger than a batch is encoded a part at a time, and its numbers kept in four bytes each.
             parts = batches_of_text(piece for some in pieces for piece in some)
             encoded = (piece_ids for part in parts for piece_ids in tokenizer.encode_batch(part))
-            ids = array("I")
-            lengths = []
+            batch = _Batch(starts=[tokenizer.eos_id] * len(texts), digests=[digest(data) for data in raw])
+            batch.num_bytes = batch.target_bytes = [len(data) for data in raw]
             for some in pieces:
-                before = len(ids)
+                before = len(batch.ids)
                 for _ in some:
-                    ids.extend(next(encoded))
-                ids.append(tokenizer.eos_id)
-                lengths.append(len(ids) - before)
-            num_bytes = [len(data) for data in raw]
-            starts = [tokenizer.eos_id] * len(texts)
-            yield _Batch(ids, [], lengths, starts, [digest(data) for data in raw], num_bytes, num_bytes)
+                    batch.ids.extend(next(encoded))
+                batch.ids.append(tokenizer.eos_id)
+                batch.lengths.append(len(batch.ids) - before)
+            yield batch
 
 
 def _conversations(source: Source, reading: Reading) -> Generator[_Batch]:
@@ -316,7 +319,7 @@ def _conversations(source: Source, reading: Reading) -> Generator[_Batch]:
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     remaining = source.documents()
     while documents := list(islice(remaining, CONVERSATIONS_AT_ONCE)):
-        batch = _Batch(array("I"), [], [], [], [], [], [])
+        batch = _Batch()
         for document in documents:
             messages = from_document(document)
             example = reading.template.example(messages, learn_all)

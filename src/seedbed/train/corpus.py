@@ -288,7 +288,7 @@ def tokenize(
     validation = None
     if len(val_documents):
         validation = validation_rows(val_store, options, seed, val_documents)
-    lengths = np.diff(store.offsets)[documents]
+    lengths = store.lengths[documents]
     return Corpus(
         rows=rows,
         validation=validation,
