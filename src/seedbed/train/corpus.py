@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,6 @@ from seedbed.train.progress import Display
 
 LARGEST_DEFAULT_VOCAB = 8000
 MOST_COMPARED = 2**25  # characters, some two seconds
-
-
 STREAMING = "streaming"  # of the cache, the part for what is streamed
 CHANGED = "text_changed"
 """The finding that a run goes on with other text."""
@@ -338,15 +337,17 @@ def _stream(
             return ShardRows(NoRows(), None)
         return ShardRows(rows, store.path)
 
-    def wanted(targets: float) -> int:
-        limits = []
-        if training.max_steps is not None:
-            limits.append(training.max_steps * training.rows_per_step)
-        if training.max_tokens is not None:
-            limits.append(math.ceil(training.max_tokens / targets))
-        return min(limits)
+    return StreamedRows(len(names), open_rows, training.seed, partial(_rows_wanted, training))
 
-    return StreamedRows(len(names), open_rows, training.seed, wanted)
+
+def _rows_wanted(training: TrainingOptions, targets: float) -> int:
+    """How many rows a run takes, where a row has so many targets."""
+    limits = []
+    if training.max_steps is not None:
+        limits.append(training.max_steps * training.rows_per_step)
+    if training.max_tokens is not None:
+        limits.append(math.ceil(training.max_tokens / targets))
+    return min(limits)
 
 
 def validation_rows(

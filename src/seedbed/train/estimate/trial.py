@@ -32,7 +32,7 @@ from seedbed.freeze import freeze
 from seedbed.lora import add_adapter
 from seedbed.loss import linear_cross_entropy, token_losses
 from seedbed.lowbit import NF4Weight
-from seedbed.model.attention import rotation
+from seedbed.model.attention import Rotation, rotation
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Block, Decoder, segment_mask
 from seedbed.model.decoding import DecodingModel
@@ -309,12 +309,8 @@ class _Trial:
 
     def _block_pass(self, kind: Kind, piece: Batch, *, training: bool = True) -> Callable[[], None]:
         """One block, forward and backward; without `training`, forward as validation does it."""
-        rows, width = piece.input_ids.shape
-        shape = self.model.config
-        x = torch.randn(rows, width, shape.d_model, device=self.device)  # (B, T, D)
+        x, turn, mask = self._block_inputs(piece)
         gradient = torch.randn_like(x)
-        mask = segment_mask(piece.segment_ids)
-        turn = None if shape.position == "learned" else rotation(piece.position_ids, shape)
 
         def train() -> None:
             y = self._forward(kind, x.detach().requires_grad_(kind.carries), turn, mask)
@@ -328,7 +324,15 @@ class _Trial:
 
         return train if training else look
 
-    def _forward(self, kind: Kind, x: Tensor, turn: Any, mask: Tensor | None) -> Tensor:
+    def _block_inputs(self, piece: Batch) -> tuple[Tensor, Rotation | None, Tensor | None]:
+        """Hidden states for a block, and the rotation and the mask that the decoder gives it with them."""
+        rows, width = piece.input_ids.shape
+        shape = self.model.config
+        x = torch.randn(rows, width, shape.d_model, device=self.device)  # (B, T, D)
+        turn = None if shape.position == "learned" else rotation(piece.position_ids, shape)
+        return x, turn, segment_mask(piece.segment_ids)
+
+    def _forward(self, kind: Kind, x: Tensor, turn: Rotation | None, mask: Tensor | None) -> Tensor:
         with autocast(self.device, self.precision):
             if self.checkpointing:
                 return checkpoint(kind.block, x, turn, mask, use_reentrant=False)  # type: ignore[no-any-return]
@@ -336,11 +340,8 @@ class _Trial:
 
     def _weigh_block(self, kind: Kind, piece: Batch) -> tuple[float, float]:
         """Bytes that a block's forward pass leaves, and how many more its backward pass needs beside gradients."""
-        rows, width = piece.input_ids.shape
-        shape = self.model.config
-        x = torch.randn(rows, width, shape.d_model, device=self.device).requires_grad_(kind.carries)  # (B, T, D)
-        mask = segment_mask(piece.segment_ids)
-        turn = None if shape.position == "learned" else rotation(piece.position_ids, shape)
+        x, turn, mask = self._block_inputs(piece)
+        x.requires_grad_(kind.carries)
         known = [x, *kind.block.parameters(), *(mask,) * (mask is not None), *(turn or ())]
         with LiveBytes(known) as live:
             y = self._forward(kind, x, turn, mask)
