@@ -10,6 +10,7 @@ from typing import Any
 
 from seedbed.cli.console import WIDTH, print_json, print_lines, wrapped
 from seedbed.errors import CheckpointError, ConfigError
+from seedbed.runs.grid import cut
 from seedbed.runs.history import History, Stage, find_history
 from seedbed.runs.lineage import (
     MatrixRow,
@@ -192,4 +193,4 @@ def _percent(share: float, sign: str = "") -> str:
 
 def _short(name: str) -> str:
     """A name that a column can hold."""
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
+    return cut(name, LONGEST_NAME)

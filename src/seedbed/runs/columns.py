@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from seedbed.config import STRENGTHS
 from seedbed.errors import ConfigError, did_you_mean
 from seedbed.runs.folder import is_being_written
 from seedbed.runs.info import RunInfo
@@ -103,8 +104,7 @@ def _keeping(run: RunInfo) -> str:
     used = run.summary.get("method")
     if not isinstance(used, Mapping):
         return plain(run.options.get("method"))
-    ways = ("replay", "self_replay", "l2_sp", "ewc", "kl", "interpolate")
-    strengths = [name if used[name] is True else f"{name} {plain(used[name])}" for name in ways if used.get(name)]
+    strengths = [name if used[name] is True else f"{name} {plain(used[name])}" for name in STRENGTHS if used.get(name)]
     return " + ".join(strengths) or "naive"
 
 
@@ -193,12 +193,7 @@ COLUMNS: dict[str, Column] = {
     for column in (
         Column("name", "run", "The run folder's name.", lambda run: run.name, least=32),
         Column(
-            "parent",
-            "parent",
-            "The run, checkpoint or model it began from.",
-            _word("parent"),
-            _short_place,
-            least=16,
+            "parent", "parent", "The run, checkpoint or model it began from.", _word("parent"), _short_place, least=16
         ),
         Column("changed", "changed", "The options that differ from the parent run's.", _changed, least=20),
         Column("model", "model", "`--model`.", _option("model"), _short_place, least=14),
@@ -217,20 +212,8 @@ COLUMNS: dict[str, Column] = {
         Column("optimizer", "optimizer", "`--optimizer`.", _option("optimizer"), least=9),
         Column("lr", "lr", "Peak learning rate, `--learning_rate`.", _option("learning_rate"), _number("g")),
         Column("min_lr", "min lr", "Learning rate at the end, `--min_lr`.", _option("min_lr"), _number("g")),
-        Column(
-            "warmup",
-            "warm-up",
-            "Warm-up: below 1 a share of the run, else steps.",
-            _warmup,
-            _warmup_in_words,
-        ),
-        Column(
-            "weight_decay",
-            "decay",
-            "`--weight_decay`.",
-            _option("weight_decay"),
-            _number("g"),
-        ),
+        Column("warmup", "warm-up", "Warm-up: below 1 a share of the run, else steps.", _warmup, _warmup_in_words),
+        Column("weight_decay", "decay", "`--weight_decay`.", _option("weight_decay"), _number("g")),
         Column("rank", "rank", "`--lora_r`, with LoRA.", _option("lora_r", _has_adapters), _number("g")),
         Column("alpha", "alpha", "`--lora_alpha`, with LoRA.", _option("lora_alpha", _has_adapters), _number("g")),
         Column(
@@ -249,14 +232,7 @@ COLUMNS: dict[str, Column] = {
             _number(".4f"),
             better="lower",
         ),
-        Column(
-            "perplexity",
-            "ppl",
-            "exp(val_loss).",
-            _figure("best_val_ppl"),
-            _number(",.2f"),
-            better="lower",
-        ),
+        Column("perplexity", "ppl", "exp(val_loss).", _figure("best_val_ppl"), _number(",.2f"), better="lower"),
         Column(
             "bits_per_byte",
             "bits/byte",
@@ -283,12 +259,7 @@ COLUMNS: dict[str, Column] = {
         ),
         Column("time", "time", "Time spent, raw in hours.", _figure("hours"), duration, better="lower"),
         Column(
-            "peak_memory",
-            "memory",
-            "Most memory used, raw in MB.",
-            _figure("peak_memory_mb"),
-            memory,
-            better="lower",
+            "peak_memory", "memory", "Most memory used, raw in MB.", _figure("peak_memory_mb"), memory, better="lower"
         ),
         Column("device", "device", "Where it ran.", _word("device"), least=12),
         Column("seed", "seed", "`--seed`.", _option("seed"), _number("d")),

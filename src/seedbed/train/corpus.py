@@ -125,7 +125,7 @@ class Texts:
             validation = self.train.derived(self.held_out_documents, f"held out {kind}")
         return Texts(train, validation, self.val_split)
 
-    def rows(self) -> tuple[list[int] | None, list[int] | None]:
+    def row_numbers(self) -> tuple[list[int] | None, list[int] | None]:
         """Numbers, from 1, of the training documents and the held-out ones in what was read; None for 1, 2, 3, …"""
         if self.validation is not None or not self.val_split:
             return None, None

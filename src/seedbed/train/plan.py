@@ -164,7 +164,7 @@ def look_ahead(prepared: Prepared, schedule: Schedule) -> list[Finding]:
     if from_scratch:
         return findings
     train, held_out = texts.training_documents(), texts.held_out_documents()
-    numbers, held_out_numbers = texts.rows()
+    numbers, held_out_numbers = texts.row_numbers()
     if not texts.are_conversations:
         return findings + lint_texts(train, held_out, rows=numbers, validation_rows=held_out_numbers)
     conversations, questions = map(from_document, train), map(from_document, held_out)
