@@ -362,7 +362,7 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 @contextmanager
 def _written_whole(folder: Path, needed: int = 0) -> Iterator[Path]:
-    """A hidden empty folder to fill with so many bytes; at the end it is flushed to the disk and becomes `folder`.
+    """A hidden empty folder to fill with about `needed` bytes, which is renamed to `folder` at the end.
 
     A folder that is there is replaced only then. On an error it is as it was, and nothing is left beside it.
 
@@ -406,7 +406,7 @@ def _manifest_entries(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _read_small(path: Path) -> bytes:
-    """A file that is never large, and never anything but a file."""
+    """The bytes of a small regular file; whatever else has its name is refused."""
     if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_JSON):
         raise ValueError(f"{path.name} is no such file")
     return path.read_bytes()
@@ -420,10 +420,10 @@ def _entries_but_state(folder: Path) -> dict[str, dict[str, Any]]:
 def _sealed(
     folder: Path, known: Mapping[str, dict[str, Any]] = MappingProxyType({})
 ) -> Iterator[Callable[[str], None]]:
-    """At the end every file is flushed to the disk, then the manifest of all; what this gives begins with one at once.
+    """At the end, flush every file below `folder` to the disk and write their manifest.
 
-    Digests are worked out while the disk is busy. Those that are `known` are of files that were linked: whatever
-    happened to their bytes since, the digest is of what was meant.
+    Yields a function that begins with one file at once. Digests are worked out while the disk is busy; those that are
+    `known` are of files that were linked: whatever happened to their bytes since, the digest is of what was meant.
     """
     begun: dict[str, tuple[Future[None], Future[Mapping[str, Any]]]] = {}
 
@@ -485,7 +485,7 @@ def _folders(checkpoints: Path) -> list[Path]:
 
 
 def _step_of(folder: Path) -> int:
-    """To put checkpoints in order: those that look damaged first, to be told of, what is none of ours last."""
+    """The step of a checkpoint; `LAST_STEP` where it looks damaged, so that it is reported, -1 where it is not ours."""
     if not (folder / MANIFEST).exists() and not (folder / STATE).exists():
         return -1
     try:

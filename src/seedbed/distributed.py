@@ -124,12 +124,12 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def share(start: int, end: int) -> tuple[int, int]:
-    """This process's part of the numbers from `start` up to `end`: one piece, as long as the others' or one shorter."""
+    """This process's share of range(start, end): one piece, as long as the others' or one shorter."""
     return tuple(start + (end - start) * place // size() for place in (rank(), rank() + 1))  # type: ignore[return-value]
 
 
 def largest_share(count: int) -> int:
-    """The length of the longest part."""
+    """The length of the longest share of `count` numbers."""
     return -(-count // size())
 
 
@@ -151,7 +151,7 @@ def of_first(tensor: Tensor) -> Tensor:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """What `work` gives in the first process, to all of them; it is plain JSON. The others wait as long as it takes.
+    """What `work` gives on rank 0, plain JSON, for all processes; the others wait as long as it takes.
 
     Raises:
         SeedbedError: as it was raised there.
@@ -160,16 +160,16 @@ def on_first(work: Callable[[], T]) -> T:
 
 
 def each_a_part(items: Sequence[S], work: Callable[[Sequence[S]], Sequence[T]]) -> Sequence[T]:
-    """What `work` makes of the items, plain JSON for each in their order; every process works on a part of them."""
+    """A result for each item, in their order, plain JSON; every process works on its share of the items."""
     start, end = share(0, len(items))
     own = work(items[start:end])
     return [result for part in _group.gathered(own) for result in part] if _group else own
 
 
 def together(work: Callable[[], None]) -> None:
-    """Do `work` in every process; where it fails in one, it has failed in all of them.
+    """Do `work` in every process; an error in one is raised in all of them.
 
-    Itself it asks nothing of the others: where it failed before it asked, they would take other words for the answer.
+    `work` must not communicate itself: where it failed before, the others would take the next message for the answer.
 
     Raises:
         StorageError, OSError, MemoryError, RuntimeError: what went wrong, in every process.
@@ -198,7 +198,7 @@ def without_weights() -> bool:
 
 @contextlib.contextmanager
 def one_a_node_first() -> Iterator[None]:
-    """The first process of each node is through before its others begin, which find what it left in the cache."""
+    """On each node the first process runs the body before the others begin it, which find its results in the cache."""
     if _group is None:
         yield
         return

@@ -92,7 +92,7 @@ def _sum(hidden: Tensor, weight: Tensor, losses: _Losses, wanted: tuple[bool, bo
 
 
 class _Sum(torch.autograd.Function):
-    """Gradients are made on the way forward, while the logits are there, and scaled on the way back."""
+    """Gradients are made in the forward pass, while the logits are there, and scaled in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, losses: _Losses, wanted: tuple[bool, bool]) -> Tensor:

@@ -45,7 +45,7 @@ def quantize_frozen(model: Decoder, device: torch.device) -> None:
     """Pack the frozen linear weights of the blocks into NF4, on `device`; biases, norms and embeddings stay.
 
     They are moved there one at a time, so that it never holds them all in 32 bits; then they take 4.13 bits each.
-    Products with them unpack one layer at a time, and so does their way back.
+    Products with them unpack one layer at a time, and so does their backward pass.
 
     Raises:
         MissingExtra: bitsandbytes is not installed.

@@ -79,7 +79,7 @@ def train(job: Job, display: Display) -> Outcome:
 
 
 class Loop:
-    """The state of one sitting at a job."""
+    """One sitting: a job from its start, or from a resume, until it ends or is stopped."""
 
     def __init__(self, job: Job, display: Display) -> None:
         self.job = job
@@ -212,7 +212,7 @@ class Loop:
                 return None
 
     def went_back(self) -> None:
-        """Everything this sitting remembers is of the steps before the checkpoint."""
+        """After `Recovery` went back to a checkpoint: forget the steps that were made since."""
         self.first_step, self.first_second = self.state.step, self.watch.seconds
         self.look_at_records()
         self.count_epochs()
@@ -402,7 +402,10 @@ class Loop:
         return "early_stopped"
 
     def stop_forgetting(self) -> str:
-        """End with the best weights within the limit, or with those at hand; where none are, `conclude` knows."""
+        """End with the best weights within the limit, or with the current ones where they are to stay.
+
+        A run that has none of these is left to `Keeping.conclude`.
+        """
         state = self.state
         self.reason = f"--max_forgetting {self.job.keeping.max_forgetting:g} was exceeded"
         if self.job.keeping.on_forgetting == "stop" and state.best_step < state.step:

@@ -26,7 +26,7 @@ CODE_BYTES = 30 * MIB
 UNUSED = 0.2
 """Of what comes and goes in a step, the share that a CPU's allocator holds beyond it."""
 SCATTERED = 3.0
-"""How often it holds what the way back through a block needs, whose tensors come and go in sizes that do not fit."""
+"""How often it holds what a block's backward pass needs, whose tensors come and go in sizes that do not fit."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Footprint:
     """Copies of weights in the type of the products."""
     row_activations: float
     row_working: float
-    """What the way back through a block needs beyond them, as often as the allocator holds it."""
+    """What a block's backward pass needs beyond them, as often as the allocator holds it."""
     row_tokens: int
     vocab_size: int
     chunk_tokens: int
@@ -84,7 +84,7 @@ class Footprint:
         forward = earlier + self.activations(rows) + self.cache + self.logits(rows) + self.head
         backward = earlier + self.activations(rows) + self.cache + rows * self.row_working + self.head
         end = self.gradients + self.head
-        if self.updating:  # a CPU's allocator has not given back yet what the way back freed
+        if self.updating:  # a CPU's allocator has not given back yet what the backward pass freed
             end = self.gradients + self.activations(rows) + self.cache + self.updating
         moving = max(forward, backward, end) * (1 + self.unused)
         step = self.weights + self.optimizer + moving

@@ -1,7 +1,7 @@
 """What a run will take: memory by part, time, arithmetic and disk, before its first step.
 
-Memory is counted, except for what a block leaves for its way back, which is weighed. Time is measured on one block of
-each kind (see `seedbed.train.estimate.trial`).
+Memory is counted, except for what a block keeps for its backward pass, which is weighed. Time is measured on one block
+of each kind (see `seedbed.train.estimate.trial`).
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def forecast_run(
 
 
 def forecast(run: Workload, seconds: float = 3.0) -> Forecast:
-    """Measure for about so many seconds, and work out the rest."""
+    """Measure for about this many seconds, and work out the rest."""
     config, training = run.config, run.config.training
     device = pick_device(training.device)
     precision = pick_precision(training.precision, device)

@@ -42,7 +42,7 @@ class Traffic:
     seconds: float
 
     def step_seconds(self, link: Link) -> float:
-        """With what does not fit beside the way back."""
+        """With what does not fit beside the backward pass."""
         sending = self.num_bytes / link.bytes_per_second + self.messages * link.delay
         return self.seconds + max(0.0, sending - BACKWARD * self.seconds)
 
@@ -79,7 +79,7 @@ class Exchange:
     def fsdp(self, seconds: float) -> Traffic:
         """One that in every micro-batch gathers the weights, in the type of the products, and reduces gradients.
 
-        Weights are gathered on the way forward and once more on the way back.
+        Weights are gathered for the forward pass and once more for the backward pass.
         """
         weights, gradients = 2 * self.product_bytes * self.parameters, 4 * self.trained
         return Traffic(

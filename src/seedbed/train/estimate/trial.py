@@ -49,15 +49,17 @@ BEYOND_CACHES = 2**24
 
 @dataclass(frozen=True)
 class Kind:
-    """Blocks that are alike: in what is trained, and in whether a gradient has to go on through their input."""
+    """Blocks that train the same parameters and pass on, or do not pass on, a gradient to their input."""
 
     block: Block
+    """One of them."""
     count: int
     carries: bool
+    """Whether something before them learns, so that their input needs a gradient."""
 
     @property
     def learns(self) -> bool:
-        """Whether there is a way back at all."""
+        """Whether there is a backward pass at all."""
         return self.carries or any(parameter.requires_grad for parameter in self.block.parameters())
 
 
@@ -70,7 +72,7 @@ class BlockCost:
     kept_bytes: float  # from its forward to its backward pass
     working_bytes: float  # beyond that and its gradients, while its backward pass runs
     weight_bytes: int
-    cast_bytes: int  # copies of its weights in the type of the products, kept for the way back
+    cast_bytes: int  # copies of its weights in the type of the products, kept for the backward pass
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,9 @@ def kinds_of(model: Decoder) -> list[Kind]:
 
 
 def block_flops(kind: Kind, width: float, *, training: bool) -> float:
-    """Of one row of `width` tokens: 2 for each weight and pass, and what attention does with half of the row.
+    """FLOPs on one row of `width` tokens: 2 for each weight and pass, and what attention does with half of the row.
 
-    A forward pass makes the products once, the way back once more for the input and once for each trained weight.
+    A forward pass makes the products once, a backward pass once more for the input and once for each trained weight.
     """
     matrices = [(p.numel(), p.requires_grad) for p in kind.block.parameters() if p.dim() >= 2]
     size, trained = sum(n for n, _ in matrices), sum(n for n, learnt in matrices if learnt)
@@ -127,7 +129,7 @@ def block_flops(kind: Kind, width: float, *, training: bool) -> float:
 
 
 def head_flops(model: Decoder, targets: float, *, training: bool) -> float:
-    """Of the output head for so many targets."""
+    """FLOPs of the output head for this number of targets."""
     passes = 1 if not training else 3 if head_learns(model) else 2
     return 2 * passes * targets * model.config.vocab_size * model.config.d_model
 
@@ -141,7 +143,7 @@ def head_learns(model: Decoder) -> bool:
 def try_out(
     model: Decoder, config: Config, batch: Batch, device: torch.device, precision: Precision, seconds: float
 ) -> Costs:
-    """Time and weigh the parts of `model`, an `outline`, on `batch`, in about so many seconds.
+    """Time and weigh the parts of `model`, an `outline`, on `batch`, in about this many seconds.
 
     Random states, and all that lives outside, are as before.
     """
