@@ -27,7 +27,7 @@ from seedbed.checkpoint import load_model, read_optimizer, save_checkpoint
 from seedbed.model.config import from_scratch
 from seedbed.model.decoder import Decoder
 from seedbed.text.tokenizer import train_char
-from seedbed.train.saving import Weights
+from seedbed.train.saving import Snapshot
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 RESULTS: Final = ROOT / "benchmarks" / "results" / "saving.json"
@@ -63,7 +63,7 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
                 rows[name].append(seconds(lambda: save_checkpoint(where, model, tokenizer, optimizer, {})))
         save_checkpoint(where, model, tokenizer, optimizer, {})
         rows["load"].append(seconds(lambda: (load_model(where), dict(read_optimizer(where)))))
-        rows["copy"].append(seconds(Weights(model, optimizer, {}).copied))
+        rows["copy"].append(seconds(Snapshot(model, optimizer, {}).copied))
     size = sum(path.stat().st_size for path in where.rglob("*") if path.is_file())
     return {"machine": machine(), "gigabytes": round(size / 1e9, 3), "seconds": rows}
 

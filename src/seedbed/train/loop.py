@@ -393,7 +393,7 @@ class Loop:
         return status
 
     def stop_early(self) -> str:
-        """End with the best weights, not the last; with those at hand where no validation loss was a number."""
+        """End with the best weights, not the last; with the current ones where no validation loss was a number."""
         self.saver.wait()
         best = self.job.run.checkpoints / "best"
         if not distributed.on_first(best.exists):

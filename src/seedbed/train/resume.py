@@ -80,11 +80,11 @@ def open_run(config: Config) -> Start | AlreadyFinished:
 
     def open_here() -> dict[str, Any]:
         opened.append(_open(config))
-        return _told(opened[0])
+        return _start_to_json(opened[0])
 
     told = distributed.on_first(open_here)
     distributed.together(lambda: _require_shared(Path(told["path"])))
-    return opened[0] if opened else _understood(config, told)
+    return opened[0] if opened else _start_from_json(config, told)
 
 
 def _require_shared(path: Path) -> None:
@@ -92,7 +92,7 @@ def _require_shared(path: Path) -> None:
         raise ConfigError(f"--output {path}: not here; it must be on a disk that all machines of a run share")
 
 
-def _told(opened: Start | AlreadyFinished) -> dict[str, Any]:
+def _start_to_json(opened: Start | AlreadyFinished) -> dict[str, Any]:
     """What the other processes need to know of what the first one found."""
     if isinstance(opened, AlreadyFinished):
         return {"path": str(opened.path.resolve()), "summary": opened.summary}
@@ -107,7 +107,7 @@ def _told(opened: Start | AlreadyFinished) -> dict[str, Any]:
     }
 
 
-def _understood(config: Config, told: dict[str, Any]) -> Start | AlreadyFinished:
+def _start_from_json(config: Config, told: dict[str, Any]) -> Start | AlreadyFinished:
     path = Path(told["path"])
     if "summary" in told:
         return AlreadyFinished(path, told["summary"])

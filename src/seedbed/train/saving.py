@@ -29,18 +29,18 @@ from seedbed.train.stopping import Stopwatch
 PAUSES: Final = (0.0, 0.5, 2.0)  # seconds before each try
 MOST_FAILURES: Final = 5  # one after the other
 
-Act = Callable[[], None]
+Action = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Weights:
+class Snapshot:
     """What a checkpoint is written from."""
 
     model: Decoder
     optimizer: Mapping[str, Tensor]
     state: dict[str, Any]
 
-    def copied(self) -> Weights:
+    def copied(self) -> Snapshot:
         """The same in memory of its own, on the CPU, which training does not change."""
         parameters = {
             id(parameter): nn.Parameter(parameter.detach().to("cpu", copy=True))
@@ -49,7 +49,7 @@ class Weights:
             for parameter in self.model.parameters()
         }
         optimizer = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.optimizer.items()}
-        return Weights(copy.deepcopy(self.model, dict(parameters)), optimizer, self.state)
+        return Snapshot(copy.deepcopy(self.model, dict(parameters)), optimizer, self.state)
 
 
 class Saver:
@@ -68,16 +68,16 @@ class Saver:
         self.seconds = 0.5 + 3 * sum(trained) / 500e6
         """Of a slow recent save; an estimate until there was one."""
         self.newest: tuple[int, Path] | None = None
-        """Step and folder of the weights at hand, if they are on disk or on their way."""
+        """Step and folder of the newest checkpoint, on disk or being written."""
         self._failures = 0
         self._thread: Thread | None = None
         self._failure: Exception | None = None
-        self._about: tuple[int, str, Act] = (0, "", lambda: None)  # step and name; what to do if it fails
+        self._about: tuple[int, str, Action] = (0, "", lambda: None)  # step and name; what to do if it fails
 
     def save_numbered(self, kind: str, number: int) -> Path | None:
         """`KIND-NUMBER`, and none of its kind beyond those that are kept; see `save`.
 
-        While updates are refused all are kept: the weights at hand may be why.
+        While updates are refused all are kept: the current weights may be why.
         """
         checkpoints, keep = self._job.run.checkpoints, self._job.watching.keep_checkpoints
         keep = 0 if self._job.state.skipped_in_a_row else keep
@@ -94,7 +94,9 @@ class Saver:
         state.best_val_loss, state.best_step = state.val_loss, state.step
         self.save("best", undo=undo)
 
-    def save(self, name: str, *, last: bool = False, then: Act = lambda: None, undo: Act = lambda: None) -> Path | None:
+    def save(
+        self, name: str, *, last: bool = False, then: Action = lambda: None, undo: Action = lambda: None
+    ) -> Path | None:
         """Save under `name`, with a few tries; None where the disk refuses and the run goes on without.
 
         Args:
@@ -116,18 +118,18 @@ class Saver:
         if self._job.watching.async_save and not last:
             self._save_beside(folder, then)
         else:
-            self._try(folder, [self._note, *self._acts(folder)], then)
+            self._try(folder, [self._note, *self._actions(folder)], then)
         return folder if self._thread is not None or self._is_settled(last=last) else None
 
-    def _save_beside(self, folder: Path, then: Act) -> None:
+    def _save_beside(self, folder: Path, then: Action) -> None:
         """Begin to write a copy of the weights as they are now."""
         try:
             self._note()
-            weights = self._weights().copied()
+            snapshot = self._snapshot().copied()
         except (OSError, MemoryError, RuntimeError) as error:
             self._failure = error
             return
-        write = partial(self._write, folder, weights)
+        write = partial(self._write, folder, snapshot)
         self._thread = Thread(target=self._try, args=(folder, [write], then), daemon=True)
         self._thread.start()  # a second signal does not wait for it
 
@@ -143,7 +145,7 @@ class Saver:
             self._is_settled()
 
     def _just_saved(self, folder: Path) -> Path | None:
-        """The weights at hand under another name, which costs next to nothing to link."""
+        """A checkpoint of this step under another name, whose files can be linked."""
         newest = self.newest
         if newest and newest[0] == self._job.state.step and newest[1] != folder:
             return newest[1] if distributed.on_first(newest[1].exists) else None
@@ -159,10 +161,10 @@ class Saver:
     def _link(self, whole: Path, folder: Path) -> None:
         link_checkpoint(whole, folder, self._job.state.to_json())
 
-    def _acts(self, folder: Path) -> list[Act]:
-        """What writes the weights, each act by all processes before the next."""
+    def _actions(self, folder: Path) -> list[Action]:
+        """What writes the weights; every process has done one before any begins the next."""
         if not is_sharded(self._job.model):
-            return [_by_first(lambda: self._write(folder, self._weights()))]
+            return [_by_first(lambda: self._write(folder, self._snapshot()))]
         whole: list[Decoder] = []
         return [
             lambda: whole.append(self._gathered()),
@@ -170,13 +172,13 @@ class Saver:
             _by_first(lambda: self._publish(folder, whole.pop())),
         ]
 
-    def _weights(self) -> Weights:
+    def _snapshot(self) -> Snapshot:
         job = self._job
-        return Weights(job.model, optimizer_tensors(job.model, job.optimizer), job.state.to_json())
+        return Snapshot(job.model, optimizer_tensors(job.model, job.optimizer), job.state.to_json())
 
-    def _write(self, folder: Path, weights: Weights) -> None:
+    def _write(self, folder: Path, snapshot: Snapshot) -> None:
         job = self._job
-        model, optimizer, state = weights.model, weights.optimizer, weights.state
+        model, optimizer, state = snapshot.model, snapshot.optimizer, snapshot.state
         save_checkpoint(folder, model, job.tokenizer, optimizer, state, job.keeping.companions)
 
     def _gathered(self) -> Decoder:
@@ -195,13 +197,13 @@ class Saver:
         save_checkpoint(folder, model, self._job.tokenizer, None, self._job.state.to_json(), _parts_of(folder))
         shutil.rmtree(_parts_of(folder), ignore_errors=True)
 
-    def _try(self, folder: Path, acts: list[Act], then: Act) -> None:
+    def _try(self, folder: Path, actions: list[Action], then: Action) -> None:
         for pause in PAUSES:
             time.sleep(pause)
             began = self._watch.seconds
             try:
-                for act in acts:  # one by one, for what an act asks of others must not be half of another's
-                    distributed.together(act)
+                for action in actions:  # one by one: what one sends the others must not mix with the next
+                    distributed.together(action)
                 if self.newest and self.newest[1] == folder:  # not a link
                     self.seconds = max(self._watch.seconds - began, 0.9 * self.seconds)
                 distributed.together(_by_first(then))
@@ -227,7 +229,7 @@ class Saver:
         self.newest = None
         (step, name, undo), run = self._about, self._job.run
         undo()
-        refused = _told(failure, run.path)
+        refused = _as_error(failure, run.path)
         if last or self._failures >= MOST_FAILURES:
             raise refused
         run.event("save_failed", step, checkpoint=name, reason=str(refused))
@@ -235,7 +237,7 @@ class Saver:
         return False
 
 
-def _told(failure: Exception, run: Path) -> SeedbedError:
+def _as_error(failure: Exception, run: Path) -> SeedbedError:
     if isinstance(failure, StorageError):
         return failure
     if is_out_of_memory(failure):
@@ -243,7 +245,7 @@ def _told(failure: Exception, run: Path) -> SeedbedError:
     return StorageError(f"{run}: {failure}")
 
 
-def _by_first(work: Act) -> Act:
+def _by_first(work: Action) -> Action:
     return work if distributed.is_first() else lambda: None
 
 

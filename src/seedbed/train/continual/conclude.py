@@ -108,7 +108,7 @@ class Conclusion:
         return stage
 
     def _write(self, job: Job, folder: Path | None, best: Path, stage: Stage) -> None:
-        """Make `best/` of the weights at hand; without a checkpoint they are those of the model as it was."""
+        """Make `best/` of the current weights; without a checkpoint they are those of the model as it was."""
         model, tokenizer = (job.model, job.tokenizer) if folder else self._as_it_was(job)
         optimizer = read_optimizer(folder) if folder else {}
         made = best.with_name(".concluded.tmp")
