@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from seedbed.config import REGIMES, rate_range
-from seedbed.runs.diagnose.curves import Curve, make_curve, median
+from seedbed.runs.diagnose.smoothing import SmoothedCurve, median, smoothed
 from seedbed.runs.folder import FINISHED, read_records
 from seedbed.runs.info import RunInfo, read_run
 from seedbed.runs.parents import find_run, parent_run
@@ -99,9 +99,9 @@ class Facts:
         return self.series.get("val_loss", NOTHING)
 
     @cached_property
-    def curve(self) -> Curve:
+    def curve(self) -> SmoothedCurve:
         """The training loss."""
-        return make_curve(self.train)
+        return smoothed(self.train)
 
     @cached_property
     def first_loss(self) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from seedbed.findings import Finding, Level
-from seedbed.runs.diagnose.curves import relative
 from seedbed.runs.diagnose.facts import Facts, number, short
+from seedbed.runs.diagnose.smoothing import relative
 from seedbed.runs.parents import BOOKKEEPING
 
 RISEN = 0.01  # share above its best at which a validation loss has risen

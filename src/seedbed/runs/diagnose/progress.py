@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from seedbed.findings import Finding
-from seedbed.runs.diagnose.curves import relative
 from seedbed.runs.diagnose.facts import FIRST_RECORDS, Facts, short, times
+from seedbed.runs.diagnose.smoothing import relative
 from seedbed.runs.series import Series
 
 FEW_STRETCHES = 8

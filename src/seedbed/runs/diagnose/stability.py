@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from seedbed.findings import Finding, Level
-from seedbed.runs.diagnose.curves import CLEAR, deviation, median_error
 from seedbed.runs.diagnose.facts import FIRST_RECORDS, Facts, rows_of, short, times
+from seedbed.runs.diagnose.smoothing import CLEAR, deviation, median_error
 
 FEW_STRETCHES = 6  # of five records; below that a curve has no shape
 FEW_STEPS = 20  # of which a schedule is of no consequence

@@ -20,8 +20,8 @@ CLEAR = 4.0  # standard errors by which two levels must differ
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A series in stretches of equally many records. Of what `len` is small, nothing can be said."""
+class SmoothedCurve:
+    """Medians of a series over stretches of equally many records; nothing can be said where these are few."""
 
     step: Floats
     """(K,) the last step of each stretch."""
@@ -45,17 +45,17 @@ class Curve:
         return self.level[(self.step > first) & (self.step <= last)]
 
 
-def make_curve(series: Series) -> Curve:
+def smoothed(series: Series) -> SmoothedCurve:
     """The levels of a series, of at least five records each."""
     stretches = min(MOST_STRETCHES, len(series) // LEAST_RECORDS)
     if not stretches:
-        return Curve(np.empty(0), np.empty(0), 0.0, 0)
+        return SmoothedCurve(np.empty(0), np.empty(0), 0.0, 0)
     parts = np.array_split(np.arange(len(series)), stretches)
     ends = np.array([part[-1] for part in parts])  # (K,)
     level = np.array([median(series[part]) for part in parts])  # (K,)
     records = len(parts[-1])
     error = max(median_error(series.values, records), _unevenness(level))
-    return Curve(series.step[ends], level, error, records)
+    return SmoothedCurve(series.step[ends], level, error, records)
 
 
 def median(series: Series) -> float:
