@@ -112,26 +112,12 @@ def begin_memory(config: Config, run: Path, display: Display) -> Memory:
     here = base_folder(config.model.model)
     history, origin = known_stages(here, keeping.rollback_to)
     assert keeping.domain is not None
-    same = [stage for stage in history.stages if stage.domain.lower() == keeping.domain.lower()]
-    learnt = same[0] if same else None  # without regard to case, as some file systems have it
-    if learnt:
-        when = f"from {learnt.data}, in {learnt.run}" if learnt.run else "before its first domain"
-        raise ConfigError(
-            f"--domain {keeping.domain}: {config.model.model} has learnt a domain of this name already ({when}); "
-            "choose another name, or go back to the time before it with --rollback_to"
-        )
+    _require_new(keeping.domain, history, config.model.model)
     folder = run / "history"
     forget(run)
     for stage in history.stages:
         _copy_texts(here / "seedbed", folder, stage)
-    base = history.stages[0]
-    if keeping.general_data and base.held_out_bytes:
-        raise ConfigError(
-            f"--general_data {keeping.general_data}: {config.model.model} remembers general text already "
-            f"({base.data}); leave it out"
-        )
-    if not base.held_out_bytes:
-        history = history.with_stage(_with_general_text(config, base, folder, display))
+    history = history.with_stage(_with_general_text(config, history.stages[0], folder, display))
     texts = open_texts(data)
     stage = Stage(
         domain=keeping.domain,
@@ -144,6 +130,17 @@ def begin_memory(config: Config, run: Path, display: Display) -> Memory:
     )
     history = history.with_stage(_keep_texts(folder, stage, texts, keeping.reserve_mb))
     return Memory(folder, history, origin)
+
+
+def _require_new(domain: str, history: History, model: str) -> None:
+    """Raise ConfigError when the model has learnt a domain of this name, without regard to case, as some disks do."""
+    learnt = next((stage for stage in history.stages if stage.domain.lower() == domain.lower()), None)
+    if learnt:
+        when = f"from {learnt.data}, in {learnt.run}" if learnt.run else "before its first domain"
+        raise ConfigError(
+            f"--domain {domain}: {model} has learnt a domain of this name already ({when}); "
+            "choose another name, or go back to the time before it with --rollback_to"
+        )
 
 
 def forget(run: Path) -> None:
@@ -251,7 +248,7 @@ def model_fingerprint(folder: Path) -> str:
         raise CheckpointError(f"{folder}: {ADAPTER_WEIGHTS} cannot be read ({error.strerror})") from None
 
 
-def run_of(folder: Path) -> Path | None:
+def containing_run(folder: Path) -> Path | None:
     """The run folder that a checkpoint stands in."""
     run = info.run_of(folder)
     return None if run == folder else run
@@ -259,7 +256,7 @@ def run_of(folder: Path) -> Path | None:
 
 def trained_with(folder: Path) -> dict[str, Any]:
     """The options of the run that made a checkpoint; empty for a model from elsewhere, or when they are damaged."""
-    run = run_of(folder)
+    run = containing_run(folder)
     if run is None:
         return {}
     try:
@@ -273,9 +270,17 @@ def _with_general_text(config: Config, base: Stage, folder: Path, display: Displ
     """The stage before any domain with text for what was known by then: `--general_data`, else what it learnt from.
 
     Raises:
+        ConfigError: it has text already.
         DataError: `--general_data` cannot be read, or not be divided.
     """
     name, reserve_mb = config.keeping.general_data, config.keeping.reserve_mb
+    if base.held_out_bytes:
+        if name:
+            raise ConfigError(
+                f"--general_data {name}: {config.model.model} remembers general text already ({base.data}); "
+                "leave it out"
+            )
+        return base
     if name:
         options = TextOptions(data=name, val_split=config.data.val_split or 0.1)
         try:
@@ -287,7 +292,7 @@ def _with_general_text(config: Config, base: Stage, folder: Path, display: Displ
             return _keep_texts(folder, replace(base, data=name, format=texts.train.format), texts, reserve_mb)
         except DataError as error:
             raise DataError(str(error).replace("--data ", "--general_data ")) from None
-    run = run_of(Path(base.model))
+    run = containing_run(Path(base.model))
     values = trained_with(Path(base.model))
     if not run or not values.get("data"):
         return base

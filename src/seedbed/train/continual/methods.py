@@ -6,7 +6,7 @@ from pathlib import Path
 
 from seedbed.config import STRENGTHS, Config
 from seedbed.errors import ConfigError
-from seedbed.train.continual.memory import Memory, run_of, trained_with
+from seedbed.train.continual.memory import Memory, containing_run, trained_with
 
 WITH_STORED_TEXT: dict[str, float | bool] = {"replay": 0.05, "l2_sp": 0.02}
 WITHOUT_STORED_TEXT: dict[str, float | bool] = {"self_replay": 0.1, "l2_sp": 0.02}
@@ -82,5 +82,7 @@ def inherit_learning_rate(config: Config, origin: Path) -> Config:
     if not isinstance(rate, float) or config.with_lora or config.is_given("learning_rate"):
         return config
     if regime == "scratch":
-        return config.update(f"half the peak of {run_of(origin)}", learning_rate=rate / 2)
-    return config.update(f"the peak of {run_of(origin)}", learning_rate=rate) if regime == "continue" else config
+        return config.update(f"half the peak of {containing_run(origin)}", learning_rate=rate / 2)
+    if regime == "continue":
+        return config.update(f"the peak of {containing_run(origin)}", learning_rate=rate)
+    return config
