@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from seedbed import distributed
 from seedbed.data.conversations import from_document
@@ -187,16 +188,22 @@ def windows(tokens: Tokens, max_seq_len: int, stride: int) -> Iterator[tuple[Tok
 
 
 @contextmanager
-def evaluation_mode(model: Decoder) -> Iterator[None]:
-    """No dropout and no gradients inside; the model's training mode is restored after."""
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode inside, and in the mode it was in after."""
     was_training = model.training
     model.eval()
     try:
-        # What the first pass puts together of a model in parts stays, and training goes on with it.
-        with torch.no_grad() if is_sharded(model) else torch.inference_mode():
-            yield
+        yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def evaluation_mode(model: Decoder) -> Iterator[None]:
+    """No dropout and no gradients inside."""
+    # Weights that FSDP gathers in the first pass stay, and training goes on with them.
+    with without_dropout(model), torch.no_grad() if is_sharded(model) else torch.inference_mode():
+        yield
 
 
 @dataclass

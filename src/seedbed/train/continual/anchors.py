@@ -6,7 +6,6 @@ B batch   T tokens   D d_model   V vocabulary   N tokens of a batch   n tokens o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from seedbed.data.batches import Batch
 from seedbed.data.rows import NO_TARGET
 from seedbed.device import Precision, autocast
+from seedbed.evaluate import without_dropout
 from seedbed.loss import chunk_tokens, linear_cross_entropy, linear_kl_divergence
 from seedbed.model.decoder import Decoder
 from seedbed.sampling import draw, uniform_rows
@@ -140,7 +140,7 @@ def diagonal_fisher(
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     fisher = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in trainable.items()}
     targets = 0
-    with _without_dropout(model):
+    with without_dropout(model):
         for number, batch in enumerate(batches):
             targets += int((batch.labels != NO_TARGET).sum())
             nats = _drawn_nats(model, batch.to(device), precision, seed, number)
@@ -165,16 +165,6 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views of some rows of tensors of one shape, so that what is made of them stays in the cache."""
     rows = max(1, PIECE * len(tensors[0]) // tensors[0].numel())
     return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
-
-
-@contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _drawn_nats(model: Decoder, batch: Batch, precision: Precision, seed: int, number: int) -> Tensor:
