@@ -28,7 +28,7 @@ from seedbed.train.estimate.footprint import CODE_BYTES, MIB, SCATTERED, UNUSED,
 from seedbed.train.estimate.pace import Pace
 from seedbed.train.estimate.scaling import Exchange, Traffic, describe_scaling
 from seedbed.train.estimate.trial import Costs, head_learns, kinds_of, outline, tensor_bytes, try_out
-from seedbed.train.estimate.workload import Look, Workload, look_at, sizes_of, ways_to_keep
+from seedbed.train.estimate.workload import TypicalBatch, Workload, sizes_of, typical_batch, ways_to_keep
 from seedbed.train.finetune import make_adapter
 from seedbed.train.ingredients import Ingredients
 from seedbed.train.progress import Display, clock
@@ -211,12 +211,12 @@ def forecast(run: Workload, seconds: float = 3.0) -> Forecast:
     parameters, trained = sizes_of(model)
     on_cpu = device.type == "cpu"
     peak_so_far = peak_memory_mb(device) * MIB if run.loaded_bytes and on_cpu else 0.0
-    look = look_at(run)
-    costs = try_out(model, config, look.batch, device, precision, seconds)
+    typical = typical_batch(run)
+    costs = try_out(model, config, typical.batch, device, precision, seconds)
     empty_cache(device)  # what torch keeps of it is free too
     program = resident_bytes() - run.loaded_bytes + CODE_BYTES if on_cpu else 0.0
-    pace = Pace(run, model, costs, look)
-    whole = _footprint(run, model, costs, device, precision, look, program)
+    pace = Pace(run, model, costs, typical)
+    whole = _footprint(run, model, costs, device, precision, typical, program)
     ways = _ways_to_share(run, model, whole, costs, pace.step, precision)
     free = free_bytes(device)
     return Forecast(
@@ -288,13 +288,13 @@ def _footprint(
     costs: Costs,
     device: torch.device,
     precision: Precision,
-    look: Look,
+    typical: TypicalBatch,
     program: float,
 ) -> Footprint:
     config, shape = run.config, run.shape
     parameters, trained = sizes_of(model)
-    rows, width = look.batch.input_ids.shape
-    wider = look.widest / width
+    rows, width = typical.batch.input_ids.shape
+    wider = typical.widest / width
     kinds = list(zip(kinds_of(model), costs.blocks, strict=True))
     weights = float(costs.ends.weight_bytes) + sum(kind.count * cost.weight_bytes for kind, cost in kinds)
     weights += anchor_bytes(config, parameters, trained)
@@ -309,7 +309,7 @@ def _footprint(
         cache=costs.ends.cast_bytes + sum(kind.count * cost.cast_bytes for kind, cost in kinds),
         row_activations=kept * wider / rows,
         row_working=max(cost.working_bytes for cost in costs.blocks) * wider / rows * (SCATTERED if on_cpu else 1.0),
-        row_tokens=look.widest,
+        row_tokens=typical.widest,
         vocab_size=shape.vocab_size,
         chunk_tokens=chunk_tokens(shape.vocab_size, device.type),
         logit_bytes=4 if precision == "fp32" else 2 if on_cpu else 6,

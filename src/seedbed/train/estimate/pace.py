@@ -6,7 +6,7 @@ from seedbed.config import WatchOptions
 from seedbed.data.rows import NO_TARGET
 from seedbed.model.decoder import Decoder
 from seedbed.train.estimate.trial import Costs, block_flops, head_flops, kinds_of
-from seedbed.train.estimate.workload import Look, Workload, sizes_of, ways_to_keep
+from seedbed.train.estimate.workload import TypicalBatch, Workload, sizes_of, ways_to_keep
 from seedbed.train.job import SAMPLE
 from seedbed.train.length import steps_per_epoch
 
@@ -18,23 +18,23 @@ LINKED_PER_SECOND = 1.5e9  # and under a second name, where they are only hashed
 class Pace:
     """How long the parts of a run take, and what follows for the whole."""
 
-    def __init__(self, run: Workload, model: Decoder, costs: Costs, look: Look) -> None:
+    def __init__(self, run: Workload, model: Decoder, costs: Costs, typical: TypicalBatch) -> None:
         self.run, self.training, self.watching = run, run.config.training, run.config.watching
         parameters, trained = sizes_of(model)
         kinds = list(zip(kinds_of(model), costs.blocks, strict=True))
-        wider = look.width / look.batch.input_ids.shape[1]
+        wider = typical.width / typical.batch.input_ids.shape[1]
         training = costs.ends.seconds + sum(kind.count * cost.seconds for kind, cost in kinds)
         forward = costs.ends.forward_seconds + sum(kind.count * cost.forward_seconds for kind, cost in kinds)
         if run.config.continues and "kl" in ways_to_keep(run.config):
             training += forward + costs.ends.seconds
         rows = self.rows_per_step / self.training.batch_size / run.processes
-        self.step = rows * (wider * training + look.seconds) + trained * costs.update_seconds + STEP_SECONDS
-        batches = sum(len(held_out) for held_out in run.held_out) / look.batch.input_ids.shape[0]
-        self.validation = batches * (wider * forward + look.seconds) + SAMPLE.max_new_tokens * costs.token_seconds
+        self.step = rows * (wider * training + typical.seconds) + trained * costs.update_seconds + STEP_SECONDS
+        batches = sum(len(held_out) for held_out in run.held_out) / typical.batch.input_ids.shape[0]
+        self.validation = batches * (wider * forward + typical.seconds) + SAMPLE.max_new_tokens * costs.token_seconds
         self.checkpoint_bytes = costs.state_bytes * trained + 4.0 * (trained if model.adapter else parameters)
-        targets = float((look.batch.labels != NO_TARGET).float().mean())
-        per_row = sum(kind.count * block_flops(kind, look.width, training=True) for kind, _ in kinds)
-        per_row += head_flops(model, look.width * targets, training=True)
+        targets = float((typical.batch.labels != NO_TARGET).float().mean())
+        per_row = sum(kind.count * block_flops(kind, typical.width, training=True) for kind, _ in kinds)
+        per_row += head_flops(model, typical.width * targets, training=True)
         self.flops = None if run.steps is None else float(f"{run.steps * self.rows_per_step * per_row:.4g}")
 
     @property

@@ -320,11 +320,11 @@ class _Trial:
                 y.backward(gradient)  # type: ignore[no-untyped-call]
             kind.block.zero_grad(set_to_none=True)
 
-        def look() -> None:
+        def validate() -> None:
             with torch.no_grad(), autocast(self.device, self.precision):
                 kind.block(x, turn, mask)
 
-        return train if training else look
+        return train if training else validate
 
     def _block_inputs(self, piece: Batch) -> tuple[Tensor, Rotation | None, Tensor | None]:
         """Hidden states for a block, and the rotation and the mask that the decoder gives it with them."""
@@ -374,11 +374,11 @@ class _Trial:
                 linear_cross_entropy(hidden.flatten(0, 1), model.head_weight(), labels).backward()  # type: ignore[no-untyped-call]
             model.zero_grad(set_to_none=True)
 
-        def look() -> None:
+        def validate() -> None:
             with torch.no_grad(), autocast(self.device, self.precision):
                 token_losses(model.final_norm(embedded()).flatten(0, 1), model.head_weight(), labels)
 
-        return train if training else look
+        return train if training else validate
 
 
 def _time_update(sample: Decoder, config: Config, seconds: float) -> tuple[float, float]:

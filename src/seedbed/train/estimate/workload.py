@@ -49,8 +49,8 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Look:
-    """A micro-batch as most are, and what is known of the others."""
+class TypicalBatch:
+    """A micro-batch as most of a run are, and what is known of the others."""
 
     batch: Batch
     width: float
@@ -60,15 +60,15 @@ class Look:
     """To make a micro-batch."""
 
 
-def look_at(run: Workload) -> Look:
+def typical_batch(run: Workload) -> TypicalBatch:
     """Some micro-batches of the first epoch; without data, one that is full of random tokens of two documents a row."""
     size, width = run.config.training.batch_size, run.config.data.max_seq_len
     if run.rows is None:
         shape = (size, width)
         ids = torch.arange(size * width).view(shape) % run.shape.vocab_size
-        places = torch.arange(width).expand(shape)
-        segments = (places >= width // 2).long() if run.config.data.packing else None
-        return Look(Batch(ids, ids, places, segments), width, width, 0.0)
+        positions = torch.arange(width).expand(shape)
+        segments = (positions >= width // 2).long() if run.config.data.packing else None
+        return TypicalBatch(Batch(ids, ids, positions, segments), width, width, 0.0)
     run.rows.row(0, 0)  # the first one puts the epoch in order
     ready = run.rows.num_ready if isinstance(run.rows, StreamedRows) else len(run.rows)
     count = max(1, min(LOOKED_AT, ready // size))
@@ -78,7 +78,7 @@ def look_at(run: Workload) -> Look:
     seconds = (time.perf_counter() - began) / count
     batches.sort(key=lambda batch: batch.input_ids.shape[1])
     widths = [batch.input_ids.shape[1] for batch in batches]
-    return Look(batches[count // 2], sum(widths) / count, widths[-1], seconds)
+    return TypicalBatch(batches[count // 2], sum(widths) / count, widths[-1], seconds)
 
 
 def sizes_of(model: Decoder) -> tuple[int, int]:
