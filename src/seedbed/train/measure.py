@@ -61,12 +61,12 @@ def held_out_loss(job: Job | Meter, rows: Rows, request: StopRequest, display: D
         for batch in display.watch_validation(batches, distributed.largest_share(len(rows))):
             if request.heard():
                 return None
-            own_sum += float(place_losses(job, batch.to(job.device), job.precision).cpu().double().sum())
+            own_sum += float(per_token_losses(job, batch.to(job.device), job.precision).cpu().double().sum())
     return distributed.total(own_sum) / rows.num_targets
 
 
-def place_losses(job: Job | Meter, batch: Batch, precision: Precision) -> Tensor:
-    """Nats of each place of a batch, 0 where nothing is predicted: (B, T) float32."""
+def per_token_losses(job: Job | Meter, batch: Batch, precision: Precision) -> Tensor:
+    """Nats at each position of a batch, 0 where nothing is predicted: (B, T) float32."""
     with autocast(job.device, precision):
         hidden = job.model(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
         losses = token_losses(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())

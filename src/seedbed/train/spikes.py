@@ -17,7 +17,7 @@ from seedbed.evaluate import evaluation_mode
 from seedbed.parallel import is_sharded
 from seedbed.runs.noise import robust_deviation
 from seedbed.train.job import Job
-from seedbed.train.measure import place_losses
+from seedbed.train.measure import per_token_losses
 
 WINDOW = 50  # steps before that say what is usual
 ENOUGH = 20  # of them, before anything is unusual
@@ -120,7 +120,7 @@ def measured_rows(job: Job, step: int, precision: Precision) -> list[MeasuredRow
     rows: list[MeasuredRow] = []
     with evaluation_mode(job.model):
         for batch in job.all_batches(step):
-            losses = place_losses(job, batch.to(job.device), precision)  # (B, T)
+            losses = per_token_losses(job, batch.to(job.device), precision)  # (B, T)
             for labels, nats, input_ids in zip(batch.labels, losses.cpu(), batch.input_ids, strict=True):
                 targets = (labels != NO_TARGET).nonzero().flatten()
                 length = int(targets[-1]) + 1 if len(targets) else 0
