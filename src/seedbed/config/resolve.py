@@ -366,7 +366,7 @@ def _explain(detail: Any, values: Mapping[str, Any], sources: Mapping[str, str])
 
 
 def _contradictions(config: Config, *, needs_text: bool) -> Iterable[str]:
-    data, training, adapt, sources = config.data, config.training, config.adapt, config.sources
+    data, training, sources = config.data, config.training, config.sources
 
     def say(name: str) -> str:
         return where(name, config.values()[name], sources[name])
@@ -382,14 +382,8 @@ def _contradictions(config: Config, *, needs_text: bool) -> Iterable[str]:
         yield f"{say('val_split')} contradicts {say('val_data')}; leave one of them out"
     if data.vocab_size and data.tokenizer != "bpe" and config.is_typed("vocab_size"):
         yield f"{say('vocab_size')} only applies to a tokenizer trained here; leave it out with {say('tokenizer')}"
-    if data.streaming and not (training.max_steps or training.max_tokens):
-        yield f"{say('streaming')} has no end of its own; give --max_steps or --max_tokens"
-    if data.streaming and config.is_given("epochs"):
-        yield f"{say('epochs')} has no meaning with --streaming; give --max_steps or --max_tokens"
-    if data.streaming and data.augment_word_swap:
-        yield f"{say('augment_word_swap')} needs the whole text, and --streaming never has it; leave one of them out"
-    if data.streaming and config.continues:
-        yield f"{say('streaming')} is for pretrain and finetune; leave it out"
+    if data.streaming:
+        yield from _contradictions_of_streaming(config, say)
     if training.optimizer == "sgd":
         for name in ("beta2", "epsilon"):
             if config.is_typed(name):
@@ -404,12 +398,29 @@ def _contradictions(config: Config, *, needs_text: bool) -> Iterable[str]:
         yield f"{say('tokenizer')}: a pretrained model only knows its own tokenizer; leave it out"
     if config.continues:
         yield from _contradictions_of_keeping(config, say)
+    yield from _contradictions_of_lora(config, say)
+
+
+def _contradictions_of_streaming(config: Config, say: Callable[[str], str]) -> Iterable[str]:
+    if not (config.training.max_steps or config.training.max_tokens):
+        yield f"{say('streaming')} has no end of its own; give --max_steps or --max_tokens"
+    if config.is_given("epochs"):
+        yield f"{say('epochs')} has no meaning with --streaming; give --max_steps or --max_tokens"
+    if config.data.augment_word_swap:
+        yield f"{say('augment_word_swap')} needs the whole text, and --streaming never has it; leave one of them out"
+    if config.continues:
+        yield f"{say('streaming')} is for pretrain and finetune; leave it out"
+
+
+def _contradictions_of_lora(config: Config, say: Callable[[str], str]) -> Iterable[str]:
+    """Of its options with one another; without it, those that only it has."""
+    adapt = config.adapt
     if not config.with_lora:
         for name in (*(n for n in AdaptOptions.model_fields if n.startswith("lora_")), "base_precision"):
             if config.is_given(name):
                 yield f"{say(name)} has no meaning without --lora; leave it out, or add --lora"
         return
-    if training.optimizer == "muon":
+    if config.training.optimizer == "muon":
         yield f"{say('optimizer')} is for whole matrices, and --lora trains thin ones; choose adamw"
     if adapt.freeze:
         yield f"{say('freeze')} contradicts --lora, which freezes everything but its adapters; choose --lora_targets"
