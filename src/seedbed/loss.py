@@ -10,8 +10,9 @@ blocks so short that they stay in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -29,8 +30,10 @@ CPU_BLOCK: Final = 6 << 20  # bytes of float32 logits; on a GPU a block is the w
 CHUNK_STEP: Final = 64  # chunks are filled up to a multiple: torch keeps code and memory for every shape of a product
 VOCABULARY_SLICE: Final = 8192  # rows of the weight whose gradient from a chunk is in memory at once
 
+_CrossEntropy = Callable[[Tensor, Tensor, torch.dtype, bool], Tensor]
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, compiled: bool = False) -> Tensor:
     """Sum of the nats of every label, with gradients for `hidden` and `weight`.
 
     The same as `F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")`. Products run in the
@@ -40,10 +43,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         hidden: (N, D).
         weight: (V, D).
         labels: (N,), NO_TARGET where nothing is predicted.
+        compiled: on a GPU, put what comes between the products through torch.compile. On a CPU that gains nothing.
     """
     wanted = _wanted(hidden, weight)
     chunks = _chunks(hidden, weight, labels)
-    return _sum(hidden, weight, _cross_entropies(chunks, _sum_type(weight), gradient=any(wanted)), wanted)
+    losses = _cross_entropies(chunks, _sum_type(weight), gradient=any(wanted), compiled=compiled)
+    return _sum(hidden, weight, losses, wanted)
 
 
 def linear_kl_divergence(
@@ -140,23 +145,17 @@ class _Chunk:
 _Losses = Iterator[tuple[_Chunk, Tensor]]  # chunks, whose logits are their gradient by then, and their nats (n,)
 
 
-def _cross_entropies(chunks: Iterator[_Chunk], sums: torch.dtype, *, gradient: bool) -> _Losses:
+def _cross_entropies(chunks: Iterator[_Chunk], sums: torch.dtype, *, gradient: bool, compiled: bool = False) -> _Losses:
     """The gradient by the logits is softmax less the label."""
     for chunk in chunks:
-        nats = [
-            _cross_entropy(chunk.logits[rows], chunk.labels[rows], sums, gradient=gradient) for rows in _blocks(chunk)
-        ]
+        one_pass = compiled and chunk.logits.device.type == "cuda"
+        cross_entropy = _compiled() if one_pass else _cross_entropy
+        nats = [cross_entropy(chunk.logits[rows], chunk.labels[rows], sums, gradient) for rows in _blocks(chunk)]
         yield chunk, torch.cat(nats)
 
 
-def _cross_entropy(logits: Tensor, label: Tensor, sums: torch.dtype, *, gradient: bool) -> Tensor:
+def _cross_entropy(logits: Tensor, label: Tensor, sums: torch.dtype, gradient: bool) -> Tensor:
     """(m, V) and (m, 1) to nats (m,); with `gradient`, that is written over the logits."""
-    reads_are_cheap = logits.device.type == "cpu" or logits.dtype == sums
-    return (_in_cache if reads_are_cheap else _in_few_reads)(logits, label, sums, gradient=gradient)
-
-
-def _in_cache(logits: Tensor, label: Tensor, sums: torch.dtype, *, gradient: bool) -> Tensor:
-    """In many passes over memory that stays in the cache, or that need no more of it."""
     x = logits.to(sums)  # (m, V)
     of_label, top = x.gather(1, label), x.amax(1, keepdim=True)  # (m, 1)
     z = x.sub_(top).exp_().sum(1, keepdim=True)  # (m, 1)
@@ -166,13 +165,24 @@ def _in_cache(logits: Tensor, label: Tensor, sums: torch.dtype, *, gradient: boo
     return (z.log() + top - of_label).squeeze(1)
 
 
-def _in_few_reads(logits: Tensor, label: Tensor, sums: torch.dtype, *, gradient: bool) -> Tensor:
-    """In two kernels of a GPU, whose arithmetic waits for its memory: a third of the bytes."""
-    log_p = logits.log_softmax(1, dtype=sums)  # (m, V)
-    of_label = log_p.gather(1, label)  # (m, 1)
+@cache
+def _compiled() -> _CrossEntropy:
+    """A GPU waits for its memory, and these kernels need a fifth of its bytes."""
+    return torch.compile(_cross_entropy_to_compile)
+
+
+def _cross_entropy_to_compile(logits: Tensor, label: Tensor, sums: torch.dtype, gradient: bool) -> Tensor:
+    """`_cross_entropy` as one expression, of which two kernels can be made."""
+    x = logits.to(sums)  # (m, V)
+    top = x.amax(1, keepdim=True)  # (m, 1)
+    e = (x - top).exp()  # (m, V)
+    z = e.sum(1, keepdim=True)  # (m, 1)
+    nats = z.log() + top - x.gather(1, label)
     if gradient:
-        torch.exp(log_p, out=logits).scatter_(1, label, of_label.expm1().to(logits.dtype))
-    return -of_label.squeeze(1)
+        p = e / z
+        symbols = torch.arange(p.shape[1], device=p.device)
+        logits.copy_(torch.where(symbols == label, p - 1, p))
+    return nats.squeeze(1)
 
 
 def _divergences(new: Iterator[_Chunk], old: Iterator[_Chunk], sums: torch.dtype) -> _Losses:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from seedbed.model.config import DecoderConfig
 from seedbed.model.cpu_attention import block_attention, suits_blocks
+from seedbed.model.documents import Documents, Mask, attend_in_documents, dense_mask
 from seedbed.model.linear import Linear
 
 SHARES_HEADS = ("cpu",)  # where the fast kernel shares key-value heads with a mask too; elsewhere they are repeated
@@ -39,8 +40,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None) -> Tensor:
-        """(B, T, D) to (B, T, D). `mask` (B, 1, T, T) is true where a token may look; None is causal."""
+    def forward(self, x: Tensor, rotation: Rotation | None, mask: Mask | None) -> Tensor:
+        """(B, T, D) to (B, T, D). `mask` says where a token may look; None is causal."""
         q = self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2)  # (B, H, T, E)
         k = self.k_norm(self._heads(self.k_proj(x))).transpose(1, 2)  # (B, K, T, E)
         v = self._heads(self.v_proj(x)).transpose(1, 2)  # (B, K, T, E)
@@ -49,14 +50,18 @@ class Attention(nn.Module):
         y = self._attend(q, k, v, mask)  # (B, H, T, E)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # (B, T, D)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
+        if isinstance(mask, Documents) and dropout:  # which their kernels have not
+            mask = dense_mask(mask.segment_ids)
         if suits_blocks(q):
             seed = torch.randint(2**62, (1,)) if dropout else None
             return block_attention(q, k, v, mask, dropout, seed)  # type: ignore[no-any-return]
         share = self.groups > 1 and q.device.type in SHARES_HEADS
         if self.groups > 1 and not share:
             k, v = (x.repeat_interleave(self.groups, dim=1) for x in (k, v))  # (B, H, T, E)
+        if isinstance(mask, Documents):
+            return attend_in_documents(q, k, v, mask)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=share
         )

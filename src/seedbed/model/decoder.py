@@ -17,6 +17,7 @@ from seedbed.device import product_type
 from seedbed.model.attention import Attention, RMSNorm, Rotation, rotation
 from seedbed.model.config import DecoderConfig
 from seedbed.model.cpu_gelu import gelu_in_pieces, suits_pieces
+from seedbed.model.documents import Mask, document_mask
 from seedbed.model.linear import Embedding, Linear, activated
 
 
@@ -97,7 +98,7 @@ class Decoder(nn.Module):
         assert segment_ids is None or position_ids is not None, "positions restart in each segment"
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
-        mask = segment_mask(segment_ids)  # (B, 1, T, T)
+        mask = self.mask(segment_ids)
         turn = None
         x = self.embed_tokens(input_ids)  # (B, T, D)
         if self.embed_positions is not None:
@@ -111,6 +112,10 @@ class Decoder(nn.Module):
             else:
                 x = block(x, turn, mask)
         return self.final_norm(x)  # type: ignore[no-any-return]
+
+    def mask(self, segment_ids: Tensor | None) -> Mask | None:
+        """What the blocks are given, under autocast where they are."""
+        return document_mask(segment_ids, product_type(self.embed_tokens.weight), self.config.head_dim)
 
     def head_weight(self) -> Tensor:
         """(V, D): the embedding when the two are tied; the sum of both where the head has an adapter."""
@@ -147,7 +152,7 @@ class Block(nn.Module):
         self.mlp: GeluMLP | SwiGLU = GeluMLP(config) if config.mlp == "gelu" else SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, turn: Rotation | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation | None, mask: Mask | None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         x = x + self.dropout(self.attention(for_products(self.attention_norm(x)), turn, mask))
         return x + self.dropout(self.mlp(for_products(self.mlp_norm(x))))  # type: ignore[no-any-return]
@@ -202,14 +207,6 @@ def make_norm(config: DecoderConfig) -> nn.Module:
     if config.norm == "layernorm":
         return nn.LayerNorm(config.d_model, eps=config.norm_eps)
     return RMSNorm(config.d_model, config.norm_eps)
-
-
-def segment_mask(segment_ids: Tensor | None) -> Tensor | None:
-    """(B, T) to (B, 1, T, T): true where a token may look, which is back and inside its own document."""
-    if segment_ids is None:
-        return None
-    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # (B, 1, T, T)
-    return same.tril()
 
 
 def num_parameters(config: DecoderConfig) -> int:

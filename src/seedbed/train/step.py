@@ -90,7 +90,9 @@ def batch_objective(job: Job, batch: Batch) -> tuple[Tensor, Tensor]:
     """Nats summed over the targets of one micro-batch, and what is minimised: they and the pull of the anchors."""
     with autocast(job.device, job.precision):
         hidden = job.spread.forward(batch.input_ids, batch.position_ids, batch.segment_ids)  # (B, T, D)
-        nats = linear_cross_entropy(hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten())
+        nats = linear_cross_entropy(
+            hidden.flatten(0, 1), job.model.head_weight(), batch.labels.flatten(), compiled=job.training.compile
+        )
         return nats, sum((anchor(hidden, batch) for anchor in job.keeping.prediction_anchors), nats)
 
 

@@ -11,7 +11,7 @@ from seedbed.model import cpu_attention as module
 from seedbed.model.attention import Attention
 from seedbed.model.config import from_scratch
 from seedbed.model.cpu_attention import block_attention
-from seedbed.model.decoder import segment_mask
+from seedbed.model.documents import dense_mask
 
 
 def inputs(rows: int, heads: int, kv_heads: int, tokens: int, size: int, dtype: torch.dtype) -> list[Tensor]:
@@ -24,7 +24,7 @@ def inputs(rows: int, heads: int, kv_heads: int, tokens: int, size: int, dtype: 
 def documents(rows: int, tokens: int) -> Tensor:
     """Rows of several documents, cut in other places in each."""
     cuts = torch.arange(rows)[:, None] + torch.tensor([tokens // 3, tokens // 2])
-    mask = segment_mask(torch.searchsorted(cuts, torch.arange(tokens).repeat(rows, 1), right=True))
+    mask = dense_mask(torch.searchsorted(cuts, torch.arange(tokens).repeat(rows, 1), right=True))
     assert mask is not None
     return mask
 
@@ -92,7 +92,7 @@ def test_products_have_few_shapes_wherever_documents_end(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "baddbmm", seen)
     q, k, v, _ = inputs(1, 2, 1, 512, 8, torch.bfloat16)
     for cut in range(1, 512, 31):
-        mask = segment_mask((torch.arange(512) >= cut).int()[None])
+        mask = dense_mask((torch.arange(512) >= cut).int()[None])
         assert mask is not None
         attended(q, k, v, mask)
     assert len(shapes) <= 512 // 64

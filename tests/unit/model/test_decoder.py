@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from seedbed.model.attention import RMSNorm, rotate, rotation
 from seedbed.model.config import SCRATCH_FAMILIES, DecoderConfig, from_scratch
-from seedbed.model.decoder import Decoder, num_parameters, segment_mask
+from seedbed.model.decoder import Decoder, num_parameters
+from seedbed.model.documents import dense_mask
 
 
 def tiny(arch: str, **changes: Any) -> DecoderConfig:
@@ -78,9 +79,8 @@ def test_a_token_does_not_see_another_document(arch: str, ids: Tensor) -> None:
     assert not torch.allclose(before[:, :4], after[:, :4])
 
 
-def test_segment_mask() -> None:
-    mask = segment_mask(torch.tensor([[5, 5, 2]]))
-    assert mask is not None
+def test_dense_mask() -> None:
+    mask = dense_mask(torch.tensor([[5, 5, 2]]))
     assert mask.int().tolist() == [[[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]]
 
 

@@ -34,8 +34,9 @@ from seedbed.loss import linear_cross_entropy, token_losses
 from seedbed.lowbit import NF4Weight
 from seedbed.model.attention import Rotation, rotation
 from seedbed.model.config import DecoderConfig
-from seedbed.model.decoder import Block, Decoder, segment_mask
+from seedbed.model.decoder import Block, Decoder
 from seedbed.model.decoding import DecodingModel
+from seedbed.model.documents import Mask
 from seedbed.optim import build_optimizer, optimizer_tensors
 from seedbed.train.finetune import hold_frozen, make_adapter
 
@@ -326,15 +327,16 @@ class _Trial:
 
         return train if training else validate
 
-    def _block_inputs(self, piece: Batch) -> tuple[Tensor, Rotation | None, Tensor | None]:
+    def _block_inputs(self, piece: Batch) -> tuple[Tensor, Rotation | None, Mask | None]:
         """Hidden states for a block, and the rotation and the mask that the decoder gives it with them."""
         rows, width = piece.input_ids.shape
         shape = self.model.config
         x = torch.randn(rows, width, shape.d_model, device=self.device)  # (B, T, D)
         turn = None if shape.position == "learned" else rotation(piece.position_ids, shape)
-        return x, turn, segment_mask(piece.segment_ids)
+        with autocast(self.device, self.precision):
+            return x, turn, self.model.mask(piece.segment_ids)
 
-    def _forward(self, kind: Kind, x: Tensor, turn: Rotation | None, mask: Tensor | None) -> Tensor:
+    def _forward(self, kind: Kind, x: Tensor, turn: Rotation | None, mask: Mask | None) -> Tensor:
         with autocast(self.device, self.precision):
             if self.checkpointing:
                 return checkpoint(kind.block, x, turn, mask, use_reentrant=False)  # type: ignore[no-any-return]
@@ -344,7 +346,12 @@ class _Trial:
         """Bytes that a block's forward pass leaves, and how many more its backward pass needs beside gradients."""
         x, turn, mask = self._block_inputs(piece)
         x.requires_grad_(kind.carries)
-        known = [x, *kind.block.parameters(), *(mask,) * (mask is not None), *(turn or ())]
+        known = [
+            x,
+            *kind.block.parameters(),
+            *(mask if isinstance(mask, tuple) else (mask,) if mask is not None else ()),
+            *(turn or ()),
+        ]
         with LiveBytes(known) as live:
             y = self._forward(kind, x, turn, mask)
             kept = live.now
