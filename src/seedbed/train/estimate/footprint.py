@@ -83,7 +83,7 @@ class Footprint:
         earlier = self.gradients if self.accumulates else 0.0
         forward = earlier + self.activations(rows) + self.cache + self.logits(rows) + self.head
         backward = earlier + self.activations(rows) + self.cache + rows * self.row_working + self.head
-        end = self.gradients + self.head
+        end = self.gradients + self.head + rows * self.row_working
         if self.updating:  # a CPU's allocator has not given back yet what the backward pass freed
             end = self.gradients + self.activations(rows) + self.cache + self.updating
         moving = max(forward, backward, end) * (1 + self.unused)
