@@ -7,6 +7,7 @@ H query heads   K key-value heads   G query heads of each key-value head   E hea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from seedbed import distributed
 from seedbed.device import product_type
 from seedbed.model.attention import RMSNorm, rotation
+from seedbed.model.cuda_graph import Replays
 from seedbed.model.decoder import AdaptedLinear, Block, Decoder, GeluMLP
 
 # Kernels sum in another order for less than four rows, for sequences of another length modulo 16, and for sums of
@@ -57,6 +59,7 @@ class DecodingModel:
         self._device = model.embed_tokens.weight.device
         self._blocks = [_DecodingBlock(_known(block, Block), dtype) for block in model.blocks]
         self._final_norm, self._head = _norm(model.final_norm, dtype), _pack(head.to(dtype), None)
+        self._replays: Replays | None = None
 
     def read(self, prompts: Sequence[Sequence[int]], max_len: int) -> Tensor:
         """Begin with these prompts, of a token or more each.
@@ -80,6 +83,7 @@ class DecodingModel:
         self._keys = torch.zeros(shape, dtype=kept, device=device)
         self._values = torch.zeros(shape, dtype=kept, device=device)
         positions = torch.arange(shape[2], device=device).clamp(max=c.max_seq_len - 1)  # (S,)
+        self._record_anew()
         cos, sin = (x[0, 0] for x in rotation(positions[None], c))  # (S, E/2)
         self._cos, self._sin = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]  # (S, 1, E)
 
@@ -98,6 +102,7 @@ class DecodingModel:
         """Go on with so many copies of the row that was read, which must be the only one."""
         assert len(self._lengths) == 1, f"{len(self._lengths)} rows"
         self._keys, self._values = (x.repeat(1, times, 1, 1) for x in (self._keys, self._values))
+        self._record_anew()
         self._lengths *= times
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -105,14 +110,31 @@ class DecodingModel:
 
         A row may be given more than it has slots for; the logits after those mean nothing.
         """
-        asked, c = tokens.shape[1], self._config
-        tokens = F.pad(tokens, (0, -(-LEAST_ROWS // len(tokens)) - asked)) if tokens.numel() < LEAST_ROWS else tokens
+        rows, asked = tokens.shape
+        tokens = F.pad(tokens, (0, self._added(rows, asked) - asked))
         starts = torch.tensor(self._lengths, device=self._device)[:, None]
+        self._lengths = [min(length + asked, self._max_len) for length in self._lengths]
+        if self._replays is not None:  # all slots are looked at, so that shapes stay
+            every_slot = partial(self._pass, longest=self._keys.shape[2])
+            return self._replays.run(every_slot, tokens, starts)[:, :asked]
+        longest = _rounded(min(max(self._lengths) + tokens.shape[1], self._max_len + 1))
+        return self._pass(tokens, starts, longest)[:, :asked]
+
+    def _record_anew(self) -> None:
+        """Forget what was recorded on a GPU: the caches have moved."""
+        self._replays = Replays() if self._device.type == "cuda" else None
+
+    def _added(self, rows: int, asked: int) -> int:
+        """How many tokens are read for each row: at least those asked for; on a GPU few different numbers of them."""
+        if self._replays is not None and asked > 1:
+            asked = -(-asked // LEAST_ROWS) * LEAST_ROWS
+        return max(asked, -(-LEAST_ROWS // rows))
+
+    def _pass(self, tokens: Tensor, starts: Tensor, longest: int) -> Tensor:
+        """Tokens (B, N) into the slots from `starts` (B, 1) on, of which the first `longest` are seen: (B, N, V)."""
+        c = self._config
         slots = starts + torch.arange(tokens.shape[1], device=self._device)  # (B, N)
         slots = slots.clamp(max=self._max_len)
-        self._lengths = [min(length + asked, self._max_len) for length in self._lengths]
-
-        longest = _rounded(min(max(self._lengths) + tokens.shape[1], self._max_len + 1))
         mask = self._mask(slots, longest)  # (B * K, N * G or more, S)
         rows = torch.arange(len(tokens) * c.num_kv_heads, device=self._device).view(-1, 1, c.num_kv_heads)
         places = (rows * self._keys.shape[2] + slots[..., None]).flatten()  # (B * N * K,), among all slots
@@ -124,7 +146,7 @@ class DecodingModel:
             values.flatten(0, 1).index_copy_(0, places, v.flatten(0, 2).to(keys.dtype))
             y = _attend_back(q.to(keys.dtype), keys[:, :longest], values[:, :longest], mask)  # (B, N, H * E)
             x = block.after(x, y.to(self._dtype))
-        return self._logits(x)[:, :asked]
+        return self._logits(x)
 
     def forget(self, counts: Sequence[int]) -> None:
         """Take back so many of the newest tokens of each row, B of them."""
@@ -135,6 +157,7 @@ class DecodingModel:
         heads = self._config.num_kv_heads
         held = torch.tensor([row * heads + head for row in rows for head in range(heads)], device=self._device)
         self._keys, self._values = (x.index_select(1, held) for x in (self._keys, self._values))
+        self._record_anew()
         self._lengths = [self._lengths[row] for row in rows]
 
     def _mask(self, slots: Tensor, longest: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -58,10 +59,13 @@ def rows(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
 
 def decoded(model: Decoder, rows: list[list[int]], dtype: torch.dtype = torch.float32) -> Tensor:
     """(B, FED, V): the logits after each row without its last tokens, and after each of these."""
+    device = model.embed_tokens.weight.device
     with evaluation_mode(model):
         decoding = DecodingModel(model, dtype)
         logits = [decoding.read([row[: 1 - FED] for row in rows], max(map(len, rows)))]
-        logits += [decoding.step(torch.tensor([[row[at]] for row in rows]))[:, 0] for at in range(1 - FED, 0)]
+        logits += [
+            decoding.step(torch.tensor([[row[at]] for row in rows], device=device))[:, 0] for at in range(1 - FED, 0)
+        ]
         return torch.stack(logits, dim=1)
 
 
@@ -73,6 +77,13 @@ def direct(model: Decoder, rows: list[list[int]]) -> Tensor:
 
 def test_logits_are_those_of_the_decoder(model: Decoder) -> None:
     torch.testing.assert_close(decoded(model, rows()), direct(model, rows()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_logits_of_a_gpu_are_those_of_the_cpu(model: Decoder) -> None:
+    torch.testing.assert_close(
+        decoded(deepcopy(model).cuda(), rows()).cpu(), direct(model, rows()), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_logits_are_the_same_without_onednn(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
