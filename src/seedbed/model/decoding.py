@@ -108,12 +108,12 @@ class DecodingModel:
     def step(self, tokens: Tensor) -> Tensor:
         """Add tokens to every row, (B, N), and give the logits of what follows each of them, (B, N, V) float32.
 
-        A row may be given more than it has slots for; the logits after those mean nothing.
+        A row may be given more than it has slots for; the logits after those mean nothing, and it must `forget` them.
         """
         rows, asked = tokens.shape
         tokens = F.pad(tokens, (0, self._added(rows, asked) - asked))
         starts = torch.tensor(self._lengths, device=self._device)[:, None]
-        self._lengths = [min(length + asked, self._max_len) for length in self._lengths]
+        self._lengths = [length + asked for length in self._lengths]
         if self._replays is not None:  # all slots are looked at, so that shapes stay
             every_slot = partial(self._pass, longest=self._keys.shape[2])
             return self._replays.run(every_slot, tokens, starts)[:, :asked]

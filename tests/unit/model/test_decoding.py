@@ -166,6 +166,19 @@ def test_tokens_are_taken_back(model: Decoder) -> None:
         torch.testing.assert_close(logits[row, : len(theirs)], theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_more_tokens_than_slots_are_taken_back(model: Decoder) -> None:
+    """As where a long guess of one row fills up the others, which are almost done."""
+    texts = rows((9, 9))
+    with evaluation_mode(model):
+        decoding = DecodingModel(model, torch.float32)
+        decoding.read([text[: 1 - FED] for text in texts], len(texts[0]))
+        fed = torch.tensor([text[1 - FED :] for text in texts])
+        decoding.step(torch.cat((fed[:, :1], torch.full((2, 8), 7)), dim=1))
+        decoding.forget([8, 8])
+        logits = decoding.step(fed[:, 1:])
+    torch.testing.assert_close(logits, direct(model, texts)[:, 2:], rtol=1e-4, atol=1e-4)
+
+
 def test_some_rows_go_on_alone(model: Decoder) -> None:
     texts = rows()
     with evaluation_mode(model):
