@@ -139,7 +139,7 @@ def _take(
     """
     taken = [0] * len(rows)
     going = [not row.finish_reason for row in rows]
-    for place, here in enumerate(logits.transpose(0, 1).contiguous()):  # (B, V) each
+    for place, here in enumerate(logits.unbind(1)):  # (B, V) each
         if not any(going):
             break
         history, real = _pad_left([row.lookup.tokens for row in rows])  # (B, T)

