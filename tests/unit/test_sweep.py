@@ -274,6 +274,26 @@ def test_a_setting_of_which_a_run_failed_does_not_go_on(plan_of: MakePlan, tmp_p
     assert judged.better == ("epochs-2_seed-0", "epochs-2_seed-1")
 
 
+@pytest.mark.parametrize(
+    ("status", "hours", "goes_on"),
+    [
+        ("diverged", 12.0, False),
+        ("failed", 12.0, False),
+        ("time_limit", 1.0, False),
+        ("time_limit", 12.0, True),
+        ("early_stopped", 12.0, True),
+    ],
+)
+def test_a_loss_from_before_the_rung_counts_only_where_the_run_came_to_its_end(
+    plan_of: MakePlan, tmp_path: Path, status: str, hours: float, goes_on: bool
+) -> None:
+    plan = plan_of(PRETRAIN + "grid: {epochs: [1, 2]}\nhalving: {rungs: [10, 20]}")
+    write_run(tmp_path / "epochs-1", {10: 1.0}, {"status": status, "steps": 15}, max_training_hours=hours)
+    write_run(tmp_path / "epochs-2", {10: 2.0, 20: 2.0}, {"status": "time_limit", "steps": 20}, stop_at_step=20)
+    judged = judge(list(plan.runs.values()), tmp_path, 20, 0.5)
+    assert judged.better == ("epochs-1" if goes_on else "epochs-2",)
+
+
 # The machine
 
 

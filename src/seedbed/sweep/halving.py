@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from seedbed.runs.folder import read_summary
 from seedbed.sweep.plan import PlannedRun
-from seedbed.sweep.standing import validation_loss
+from seedbed.sweep.standing import has_ended, has_reached, validation_loss
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,11 @@ class Judgement:
 def judge(runs: Sequence[PlannedRun], folder: Path, rung: int, keep: float) -> Judgement:
     """Compare runs by their validation loss at step `rung`; those that differ only in their seed by its mean.
 
-    Of G settings the best ⌈keep · G⌉ go on. One with a run that failed, or was never validated, does not.
+    Of G settings the best ⌈keep · G⌉ go on. One with a run that broke off before, or was never validated, does not.
     """
     losses: dict[str, list[float]] = {}
     for run in runs:
-        loss = validation_loss(folder / run.name, rung)
-        losses.setdefault(run.settings, []).append(math.inf if loss is None else loss)
+        losses.setdefault(run.settings, []).append(_loss(run, folder / run.name, rung))
     means = {settings: fmean(values) for settings, values in losses.items()}
     ranked = sorted(means, key=lambda settings: means[settings])
     going_on = {settings for settings in ranked[: math.ceil(keep * len(ranked))] if math.isfinite(means[settings])}
@@ -40,3 +40,10 @@ def judge(runs: Sequence[PlannedRun], folder: Path, rung: int, keep: float) -> J
         if run.settings not in going_on
     }
     return Judgement(tuple(run.name for run in runs if run.settings in going_on), stopped)
+
+
+def _loss(run: PlannedRun, path: Path, rung: int) -> float:
+    """The validation loss of a run that came to the rung, or to its own end before it; else infinity."""
+    ended = has_ended(path, run) and read_summary(path)["status"] != "diverged"
+    loss = validation_loss(path, rung) if ended or has_reached(path, rung) else None
+    return math.inf if loss is None else loss
