@@ -88,13 +88,17 @@ def read_run(path: str | Path) -> RunInfo:
 
 
 def find_runs(root: Path) -> Iterator[Path]:
-    """The run folders at or below `root`, by name; runs are not looked for inside runs."""
-    if is_run(root):
-        yield root
-        return
+    """The run folders at or below `root`, by name; runs are not looked for inside runs.
+
+    What is no folder, or may not be looked into, is passed over.
+    """
     try:
-        below = sorted(entry.path for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+        if is_run(root):
+            yield root
+            return
+        below = sorted(os.scandir(root), key=lambda entry: entry.name)
     except OSError:
         return
-    for path in below:
-        yield from find_runs(Path(path))
+    for entry in below:
+        if not entry.name.startswith(".") and not entry.is_file(follow_symlinks=False):
+            yield from find_runs(Path(entry.path))

@@ -170,6 +170,23 @@ def test_damaged_folders_are_rows_or_passed_over(tmp_path: Path) -> None:
         assert "high" in render(list(rows.values()), ["all"], form)
 
 
+def test_what_cannot_be_looked_into_hides_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "private", "z"):
+        write_run(tmp_path / name)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "linked").symlink_to("a")
+    (tmp_path / "notes.txt").write_text("", encoding="utf-8")
+    is_file = Path.is_file
+
+    def of_another_user(path: Path) -> bool:
+        if path.parent.name == "private":
+            raise PermissionError(13, "Permission denied")
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", of_another_user)
+    assert [run.name for run in load_runs([tmp_path])] == ["a", "z"]
+
+
 def test_names_that_tell_runs_apart(tmp_path: Path) -> None:
     places = ["a/low/seed-0", "a/high/seed-0", "b/high/seed-0", "b/one"]
     runs = [write_run(tmp_path / place) for place in places]
