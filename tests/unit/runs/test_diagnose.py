@@ -503,6 +503,14 @@ def test_held_out_noise_is_no_overfitting(path: Path) -> None:
     assert "overfitting" not in Run(path, loss=by_heart, val={100: 3.6, 200: 3.3, 300: 3.31, 400: 3.305}).names()
 
 
+def test_overfitting_from_a_validation_before_the_first_training_loss(path: Path) -> None:
+    """As with --eval_every 1, where float16's first updates are skipped."""
+    loss = by_heart(np.arange(1, STEPS + 1) / STEPS)
+    loss[:3] = np.nan
+    finding = one(Run(path, columns={"train_loss": loss}, val={1: 3.3, 400: 4.2}).diagnose(), "overfitting")
+    assert finding.evidence["train_loss"] == pytest.approx([loss[3], 1.0], abs=0.1)
+
+
 def test_when_training_text_gets_worse_too_nothing_is_learnt_by_heart(path: Path) -> None:
     run = Run(path, loss=lambda share: 4 + share, val={200: 3.3, 300: 3.4, 400: 3.7})
     assert "overfitting" not in run.names()

@@ -119,8 +119,9 @@ class Facts:
         return self.result("total_steps") or self.steps
 
     def loss_before(self, step: float, records: int) -> float:
-        """Median training loss of the last `records` steps up to `step`."""
-        return median(self.train[self.train.step <= step][-records:])
+        """Median training loss of the last `records` steps up to `step`; the first loss where none was recorded yet."""
+        before = self.train[self.train.step <= step]
+        return median(before[-records:] if len(before) else self.train[:1])
 
     # The learning rate
 
