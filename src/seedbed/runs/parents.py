@@ -29,7 +29,10 @@ def find_run(run: RunInfo, name: object) -> RunInfo | None:
     """The run at a path that `run` remembers, or beside it where both were moved; None where there is none."""
     if not isinstance(name, str) or not name:
         return None
-    for path in (_began_in(run) / name, Path(name), run.path.resolve().parent / Path(name).name):
+    places = [_began_in(run) / name]
+    if not _may_be_on_the_hub(name, run):
+        places += [Path(name), run.path.resolve().parent / Path(name).name]
+    for path in places:
         with contextlib.suppress(OSError, ValueError):  # no file can have that name
             folder = run_of(path)
             if is_run(folder):
@@ -38,15 +41,22 @@ def find_run(run: RunInfo, name: object) -> RunInfo | None:
     return None
 
 
+def _may_be_on_the_hub(name: str, run: RunInfo) -> bool:
+    """Whether a name may be `gpt2` or `owner/name`: no path is as short, unless it stood beside the run's own."""
+    path = Path(name)
+    return not path.is_absolute() and len(path.parts) <= 2 and path.parent != _output(run).parent
+
+
 def _began_in(run: RunInfo) -> Path:
     """The folder that the run's relative paths start from, as `--output` tells."""
+    parts, path = _output(run).parts, run.path.resolve()
+    return Path(*path.parts[: -len(parts)]) if path.parts[-len(parts) :] == parts else Path()
+
+
+def _output(run: RunInfo) -> Path:
+    """Where the run was written, as `--output` has it or would have it."""
     output = run.options.get("output")
-    if isinstance(output, str) and not Path(output).is_absolute():
-        parts = Path(output).parts
-        path = run.path.resolve()
-        if path.parts[-len(parts) :] == parts:
-            return Path(*path.parts[: -len(parts)])
-    return Path()
+    return Path(output) if isinstance(output, str) else Path("runs", run.name)
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ import pytest
 from seedbed.errors import ConfigError
 from seedbed.runs.columns import COLUMNS, SHOWN_BY_DEFAULT, cell, status
 from seedbed.runs.folder import RunFolder
-from seedbed.runs.parents import changed_options
+from seedbed.runs.parents import changed_options, parent_run
 from seedbed.runs.table import default_columns, distinct_names, load_runs, render, table
 from seedbed.runs.values import as_json
 from tests.unit.runs.folders import write_run
@@ -125,6 +125,33 @@ def test_a_parent_that_is_no_run_or_gone_or_damaged(tmp_path: Path) -> None:
         assert shown(write_run(tmp_path / "child", {}, {"parent": parent}))["changed"] == ""
     write_run(tmp_path / "damaged").path.joinpath("config.yaml").write_text("a: [", encoding="utf-8")
     assert shown(write_run(tmp_path / "child", {}, {"parent": str(tmp_path / "damaged")}))["changed"] == ""
+
+
+@pytest.mark.parametrize("output", ["runs/child", None])
+def test_a_model_on_the_hub_is_no_run_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {"output": output} if output else {}
+    for name in ("gpt2", "SmolLM2-135M"):
+        write_run(tmp_path / "runs" / name, {"seed": 1})
+    for parent in ("gpt2", "HuggingFaceTB/SmolLM2-135M"):
+        child = write_run(tmp_path / "runs" / "child", options, {"parent": parent})
+        assert parent_run(child) is None
+        monkeypatch.chdir(tmp_path / "runs")
+        assert parent_run(child) is None
+        monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("parent", "output"),
+    [("runs/one", "runs/two"), ("runs/one", None), ("sweep/one", "sweep/two"), ("one", "two"), ("/gone/one", "x/two")],
+)
+def test_a_parent_that_was_moved_beside_its_child_is_found(tmp_path: Path, parent: str, output: str | None) -> None:
+    write_run(tmp_path / "moved" / "one")
+    child = write_run(tmp_path / "moved" / "two", {"output": output} if output else {}, {"parent": parent})
+    found = parent_run(child)
+    assert found is not None and found.name == "one"
 
 
 def test_running_or_killed(tmp_path: Path) -> None:
