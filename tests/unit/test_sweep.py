@@ -316,6 +316,17 @@ def test_slots_divide_cores_and_hand_out_gpus(monkeypatch: pytest.MonkeyPatch, t
     assert visible_gpus() == ["0", "1"]
 
 
+@pytest.mark.parametrize(
+    ("allowed", "each"), [("8,2", "4"), (" 6 ", "3"), ("1", "1"), ("", "5"), ("many", "5"), ("-4", "5")]
+)
+def test_cores_are_divided_whatever_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, allowed: str, each: str
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 10)
+    monkeypatch.setenv("OMP_NUM_THREADS", allowed)
+    assert make_slots(2, {"cpu"}) == [{"OMP_NUM_THREADS": each}] * 2
+
+
 def test_the_time_left_follows_from_what_runs_took(plan_of: MakePlan, tmp_path: Path) -> None:
     plan = plan_of(PRETRAIN + "seeds: [0, 1, 2, 3]")
     console = Console(quiet=True)

@@ -106,8 +106,13 @@ def make_slots(at_once: int | None, devices: set[str]) -> list[Slot]:
         return [{"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} for place in range(at_once or len(gpus))]
     if at_once in (None, 1):
         return [{}]
-    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    return [{"OMP_NUM_THREADS": str(max(1, threads // at_once))}] * at_once
+    return [{"OMP_NUM_THREADS": str(max(1, usable_threads() // at_once))}] * at_once
+
+
+def usable_threads() -> int:
+    """What OMP_NUM_THREADS allows, of a list such as `4,2` for nested threads the first; else all cores."""
+    allowed = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(allowed) if allowed.isdecimal() else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:
