@@ -27,11 +27,11 @@ SAME_START = 1e-3
 """Relative difference in bits per byte within which two runs began from the same model and the same text."""
 
 
-def print_lineage(path: Path, run: Path, summary: Mapping[str, Any], baseline: str | None, *, as_json: bool) -> None:
+def print_lineage(path: Path, run: Path, summary: Mapping[str, Any], baseline: Path | None, *, as_json: bool) -> None:
     """The history of the model in `path`, whose run has this summary; against that of a `baseline`, if one is given.
 
     Raises:
-        ConfigError: no such baseline, or it did not learn the same domain.
+        ConfigError: the baseline did not learn the same domain.
         CheckpointError: a model has no history, or a damaged one.
     """
     history = _history(path)
@@ -56,16 +56,14 @@ def _newest(history: History) -> Stage:
     return next((stage for stage in reversed(history.stages[1:]) if stage.after), history.stages[0])
 
 
-def _same_domain(baseline: str, domain: str) -> Stage:
+def _same_domain(baseline: Path, domain: str) -> Stage:
     """The stage in which the baseline learnt `domain`.
 
     Raises:
-        ConfigError: no such folder, or the baseline did not learn it.
+        ConfigError: the baseline did not learn it.
         CheckpointError: the baseline's model has no history, or a damaged one.
     """
-    if not Path(baseline).is_dir():
-        raise ConfigError(f"--baseline {baseline}: no such folder; expected a run or one of its checkpoints")
-    history = _history(Path(baseline))
+    history = _history(baseline)
     stage = history.stage(domain)
     if stage is None:
         learnt = ", ".join(history.domains)
@@ -85,7 +83,7 @@ def _lineage_json(history: History, naive: Stage | None) -> dict[str, Any]:
     }
 
 
-def _lineage_lines(history: History, naive: Stage | None, baseline: str | None) -> Iterator[str]:
+def _lineage_lines(history: History, naive: Stage | None, baseline: Path | None) -> Iterator[str]:
     yield from _chain(history)
     yield ""
     if rows := [row for row in matrix(history) if row.figures]:

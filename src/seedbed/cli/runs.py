@@ -125,7 +125,8 @@ def show_run(ctx: click.Context, /, folder: str, lineage: bool, baseline: str | 
     if lineage:
         from seedbed.cli.lineage import print_lineage
 
-        print_lineage(path, run, read_summary(run), baseline, as_json=as_json)
+        naive = _existing(baseline, "--baseline") if baseline else None
+        print_lineage(path, run, read_summary(run), naive, as_json=as_json)
         return
     from seedbed.cli.summary import run_as_json, run_lines
 
@@ -237,13 +238,13 @@ def _run(name: str) -> RunInfo:
     return read_run(_existing(name))
 
 
-def _existing(name: str) -> Path:
+def _existing(name: str, flag: str = "RUN") -> Path:
     """The folder of this name, here or below runs/."""
     for path in (Path(name), RUNS / name):
         if path.is_dir():
             return path
     near = did_you_mean(name, [str(path) for path in find_runs(RUNS)])
-    raise ConfigError(f"RUN {name}: no such folder; expected a run or one of its checkpoints{near}")
+    raise ConfigError(f"{flag} {name}: no such folder; expected a run or one of its checkpoints{near}")
 
 
 def _around(path: Path) -> Path:

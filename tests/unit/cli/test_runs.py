@@ -192,6 +192,16 @@ def test_the_lineage_for_programs(
     assert facts["forgetting_avoided"] == pytest.approx(0.5)
 
 
+def test_a_baseline_is_looked_for_below_runs_too(
+    tmp_path: Path, history: History, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("kept", "naive"):
+        make_run(tmp_path / "runs" / name, history)
+    assert "Against runs/naive: 100.0 % of its gain" in show(["kept", "--lineage", "--baseline", "naive"], capsys)
+    assert "--baseline naif: no such folder" in refused(["kept", "--lineage", "--baseline", "naif"], 2, capsys)
+
+
 def test_many_domains_with_long_names_fit_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [f"{'field-of-study-' * 3}{number}" for number in range(8)]
     stages = [Stage(BASE, "/", "")]
