@@ -209,6 +209,15 @@ def test_without_a_judge_the_summary_stays(tuned: Path, capsys: pytest.CaptureFi
     assert read_summary(tuned)["judge"] is None
 
 
+def test_a_damaged_summary_is_refused_before_anything_is_asked(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tuned / "metrics.json").write_text("{", encoding="utf-8")
+    with serving(by_length) as server:
+        assert run(words(tuned, server.url)) == 2
+        assert "metrics.json is not readable" in capsys.readouterr().err
+        assert server.prompts == []
+    assert (tuned / "metrics.json").read_text(encoding="utf-8") == "{"
+
+
 def test_other_data_and_a_folder_that_is_no_run(
     tuned: Path, questions: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

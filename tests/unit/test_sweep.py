@@ -15,13 +15,14 @@ from rich.console import Console
 
 from seedbed.errors import ConfigError
 from seedbed.runs.info import read_run
-from seedbed.sweep.children import make_slots, visible_gpus
+from seedbed.sweep.children import Children, make_slots, visible_gpus
 from seedbed.sweep.halving import judge
 from seedbed.sweep.plan import Plan, changes, make_plan
 from seedbed.sweep.results import show_results, what_it_means
-from seedbed.sweep.run import folder_of
+from seedbed.sweep.run import Sweep, folder_of
 from seedbed.sweep.standing import has_ended, has_reached, read_progress, validation_loss
 from seedbed.sweep.watch import Watch
+from seedbed.train.stopping import StopRequest
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "sweeps").glob("*.yaml"))
 PRETRAIN = "verb: pretrain\nbase: {data: book.txt, model: tiny}\n"
@@ -292,6 +293,20 @@ def test_a_loss_from_before_the_rung_counts_only_where_the_run_came_to_its_end(
     write_run(tmp_path / "epochs-2", {10: 2.0, 20: 2.0}, {"status": "time_limit", "steps": 20}, stop_at_step=20)
     judged = judge(list(plan.runs.values()), tmp_path, 20, 0.5)
     assert judged.better == ("epochs-1" if goes_on else "epochs-2",)
+
+
+def test_that_a_run_was_stopped_is_written_into_its_summary_unless_that_is_damaged(
+    plan_of: MakePlan, tmp_path: Path
+) -> None:
+    plan = plan_of(PRETRAIN + "grid: {epochs: [1, 2, 3]}\nhalving: {keep: 0.3, rungs: [10]}")
+    for epochs in (1, 2, 3):
+        write_run(tmp_path / f"epochs-{epochs}", {10: float(epochs)}, {"status": "time_limit"}, stop_at_step=10)
+    (tmp_path / "epochs-3" / "metrics.json").write_text("{", encoding="utf-8")
+    watch = Watch(Console(quiet=True), plan, tmp_path, 1)
+    sweep = Sweep(plan, tmp_path, Children([]), watch, StopRequest())
+    assert sweep.keep_better(list(plan.runs), 10) == ["epochs-1"]
+    assert read_run(tmp_path / "epochs-2").summary["status"] == "stopped_by_halving"
+    assert (tmp_path / "epochs-3" / "metrics.json").read_text(encoding="utf-8") == "{"
 
 
 # The machine

@@ -20,7 +20,7 @@ from seedbed.cli.verb import Verb, noting, report, wrong_flags
 from seedbed.config import FLAGS, SamplingOptions, Section, read_section
 from seedbed.errors import ConfigError, SeedbedError
 from seedbed.judge.references import chrf
-from seedbed.runs.folder import update_summary
+from seedbed.runs.folder import require_whole_summary, update_summary
 from seedbed.runs.info import is_run, read_run, run_of
 
 if TYPE_CHECKING:
@@ -127,6 +127,10 @@ def judge(
     report(problems)
     chrf("", "")  # without its library nothing is asked
     folder = _transcripts(model, output)
+    run = run_of(Path(model))
+    scored = is_run(run) and bool(options.judge_url or options.judge)
+    if scored:
+        require_whole_summary(run)
     models, remark = _models(model, baseline, against)
     questions, kind = _questions(model, data, form, limit)
     from seedbed import distributed
@@ -158,8 +162,8 @@ def judge(
         if remark:
             say(console, remark)
         say(console, f"Answers and replies: {folder}")
-    if result.judge and is_run(run_of(Path(model))):
-        update_summary(run_of(Path(model)), judge=record)
+    if scored:
+        update_summary(run, judge=record)
 
 
 def _refuse_contradictions(options: JudgeOptions, model: str, against: str | None) -> None:

@@ -14,7 +14,7 @@ import click
 from seedbed.cli.console import json_option, print_json
 from seedbed.cli.verb import Verb, refuse_unknown
 from seedbed.errors import ConfigError, did_you_mean
-from seedbed.runs.folder import has_damaged_summary, read_summary, update_summary
+from seedbed.runs.folder import read_summary, update_summary
 from seedbed.runs.info import RunInfo, find_runs, is_run, read_run, run_of
 
 RUNS = Path("runs")
@@ -151,8 +151,6 @@ def note(ctx: click.Context, /, name: str, text: str) -> None:
     """Write a note on a run; it replaces the one before, and an empty text removes it."""
     refuse_unknown(ctx)
     run = _run(name).path
-    if has_damaged_summary(run):
-        raise ConfigError(f"{run}/metrics.json is not readable, and a note would replace it; mend or remove it")
     update_summary(run, notes=text)
     click.echo(f"{run}: {'noted' if text else 'has no note now'}")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from seedbed.disk import write_atomically
-from seedbed.errors import RunInUseError, StorageError
+from seedbed.errors import ConfigError, RunInUseError, StorageError
 from seedbed.parsing import parse_json
 
 try:
@@ -250,6 +250,12 @@ def has_damaged_summary(path: Path) -> bool:
     return (path / "metrics.json").exists() and not read_summary(path)
 
 
+def require_whole_summary(path: Path) -> None:
+    """Raise ConfigError when the run at `path` has a summary that cannot be read, so that nothing replaces it."""
+    if has_damaged_summary(path):
+        raise ConfigError(f"{path}/metrics.json is not readable, and this would replace it; mend or remove it")
+
+
 def read_summary(path: Path) -> dict[str, Any]:
     """The summary of the run at `path`, empty when it has none, or one that cannot be read."""
     with contextlib.suppress(OSError, ValueError):
@@ -263,9 +269,11 @@ def update_summary(path: Path, **changes: Any) -> dict[str, Any]:
     """Change entries of the summary of the run at `path`, which nobody else may be writing; returns the whole of it.
 
     Raises:
+        ConfigError: there is one that cannot be read.
         RunInUseError: the run is being trained.
         StorageError: it cannot be written.
     """
+    require_whole_summary(path)
     run = RunFolder(path)
     try:
         summary = {**read_summary(path), **changes}

@@ -201,6 +201,7 @@ class Sweep:
             self.watch.line(f"{name}: {reason}")
             path = self.folder / name
             if not has_ended(path, self.plan.runs[name]) and name not in self.failed and is_run(path):
-                with contextlib.suppress(RunInUseError):  # somebody goes on with it by hand
+                # Somebody may go on with it by hand; and a damaged summary stays as it is.
+                with contextlib.suppress(RunInUseError, ConfigError):
                     update_summary(path, status=HALVED, reason=reason)
         return list(judged.better)
