@@ -209,13 +209,10 @@ def held_out_documents(model: str) -> tuple[Iterator[str], str]:
     return texts.held_out_documents(), texts.train.format
 
 
-def held_out_evaluation(run: str, console: Console) -> tuple[Decoder, Tokenizer, Evaluation]:
-    """A run's best model and how well it predicts the documents that the run held out."""
-    from seedbed.checkpoint import load_model
-
-    decoder, tokenizer = load_model(run)
+def held_out_evaluation(run: str, decoder: Decoder, tokenizer: Tokenizer, console: Console) -> Evaluation:
+    """How well a model predicts the documents that a run held out."""
     documents, _ = held_out_documents(run)
-    return decoder, tokenizer, _measure(decoder, tokenizer, documents, console)
+    return _measure(decoder, tokenizer, documents, console)
 
 
 @click.command(cls=Verb, epilog="Example: seedbed generate --model runs/demo --prompt 'The class' --temperature 0.7")

@@ -22,6 +22,7 @@ from seedbed.config import (
     read_preset,
 )
 from seedbed.errors import ConfigError
+from seedbed.runs.folder import read_summary
 
 FINETUNING = ("finetune", "lora")
 CONTINUING = ("continue", "continue-lora")
@@ -129,17 +130,21 @@ def _train(config: Config, console: Console, as_json: bool) -> int:
 
 
 def _tour(run: str, console: Console) -> None:
-    """Evaluate on the documents held out, write a little, and say what to type next."""
+    """Evaluate on the documents held out, if any, write a little, and say what to type next."""
+    from seedbed.checkpoint import find_model, load_model
     from seedbed.cli.models import held_out_evaluation
     from seedbed.generate import generate as write
 
-    model, tokenizer, result = held_out_evaluation(run, console)
-    say(console)
-    say(
-        console,
-        f"On {result.tokens:,} tokens it has never seen: perplexity {result.token_ppl:.2f} a token, "
-        f"{result.word_ppl:,.0f} a word, {result.bits_per_byte:.3f} bits per byte",
-    )
+    model, tokenizer = load_model(run)
+    validated = read_summary(Path(run)).get("best_val_loss") is not None
+    if validated:
+        result = held_out_evaluation(run, model, tokenizer, console)
+        say(console)
+        say(
+            console,
+            f"On {result.tokens:,} tokens it has never seen: perplexity {result.token_ppl:.2f} a token, "
+            f"{result.word_ppl:,.0f} a word, {result.bits_per_byte:.3f} bits per byte",
+        )
     options = SamplingOptions(max_new_tokens=60)
     for completion in write(model, tokenizer, ["Return the", "If the file"], options):
         say(console)
@@ -148,10 +153,10 @@ def _tour(run: str, console: Console) -> None:
     say(console, "What to type next:")
     program, folder = _program()
     say(console, f"  {program} generate --model {run} --prompt 'The class'")
-    say(console, f"  {program} evaluate --model {run}")
+    say(console, f"  {program} evaluate --model {run}" + ("" if validated else " --data YOUR_TEXT.txt"))
     say(console, f"  {program} pretrain --data YOUR_TEXT.txt --model tiny --epochs 5")
     say(console, f"  {folder}tensorboard --logdir {run}/tensorboard")
-    opened = f"AutoModelForCausalLM.from_pretrained('{run}/checkpoints/best')"
+    opened = f"AutoModelForCausalLM.from_pretrained('{find_model(run)}')"
     say(console, f"The checkpoint opens in transformers as it is: {opened}")
 
 

@@ -36,6 +36,19 @@ def test_pretrain_prints_its_summary(
     assert "Training complete!" in captured.err
 
 
+@pytest.mark.parametrize("share", ["0", "0.1"])
+def test_the_demo_measures_what_was_held_out_if_anything_was(
+    share: str, small_text_file: Path, tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    words = ["demo", "--data", str(small_text_file), "--output", str(output), "--max_steps", "2", "--val_split", share]
+    assert run([*words, *tiny_flags]) == 0
+    said = capsys.readouterr().out
+    assert ("tokens it has never seen" in said) == (share != "0")
+    assert (f"evaluate --model {output} --data" in said) == (share == "0")
+    assert Path(said.rpartition("from_pretrained('")[2].partition("'")[0]).is_dir()
+
+
 def test_a_finished_run_is_left_alone(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*") if path.is_file()}
     assert run(["pretrain", "--config", str(tiny_run / "config.yaml")]) == 0
