@@ -58,6 +58,7 @@ def train_tokenizer(
     if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
         problems.append(f"--output {output} is there already and not an empty folder; choose another")
     report(problems)
+    from seedbed.model.hub import new_folder
     from seedbed.text.tokenizer import bytes_per_token
     from seedbed.train.corpus import open_texts
     from seedbed.train.corpus import train_tokenizer as train
@@ -65,7 +66,8 @@ def train_tokenizer(
 
     texts = open_texts(options)
     trained = train(kind, vocab_size, texts, Display(make_console(as_json), log_every=1))
-    trained.save(Path(output))
+    with new_folder(Path(output)) as folder:
+        trained.save(folder)
     held_out = bytes_per_token(trained, texts.held_out_documents()) if texts.hold_out else None
     facts = {"tokenizer": output, "type": kind, "vocab_size": trained.vocab_size, "bytes_per_token": held_out}
     if as_json:

@@ -96,6 +96,26 @@ def test_training_a_tokenizer_replaces_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
+def test_a_tokenizer_that_the_disk_refuses_leaves_nothing(
+    small_text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["tokenizer", "train", "--type", "char", "--data", str(small_text_file), "--output"]
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert run([*words, str(tmp_path / "file" / "t")]) == 8
+    assert "choose another" in capsys.readouterr().err
+    write = Path.write_text
+
+    def full(path: Path, text: str, **kwargs: Any) -> int:
+        if path.name == "tokenizer_config.json":
+            raise OSError(28, "No space left on device")
+        return write(path, text, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert run([*words, str(tmp_path / "t")]) == 8
+    assert "No space left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
