@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
-from seedbed.cli.options import given, resolved, sections
+from seedbed.cli.options import given, sections
 from seedbed.cli.verb import Verb, noting, refuse_unknown, report, wrong_flags
-from seedbed.config import FLAGS, TRAINED_HERE, DataOptions, TextOptions, read_section
+from seedbed.config import FLAGS, TRAINED_HERE, DataOptions, Layer, TextOptions, read_section, resolve
 from seedbed.data.rows import NO_TARGET
-from seedbed.errors import CheckpointError, ConfigError
+from seedbed.errors import CheckpointError
 
 if TYPE_CHECKING:
     from seedbed.data import Row
@@ -148,7 +148,7 @@ def list_data(ctx: click.Context, /, as_json: bool) -> None:
 @click.option("--num", type=click.IntRange(min=1), default=3, help="How many rows to show. [3]")
 @click.option("--model", metavar="FOLDER", help="A pretrained model whose tokenizer and chat template to use.")
 @json_option
-@sections(DataOptions)
+@sections(DataOptions, without=("streaming",))
 @click.pass_context
 def show_data(ctx: click.Context, /, num: int, model: str | None, as_json: bool, **_flags: Any) -> None:
     """Show the first rows of the first epoch, exactly as a model will see them.
@@ -156,9 +156,12 @@ def show_data(ctx: click.Context, /, num: int, model: str | None, as_json: bool,
     What is learnt is green, what is only context is dimmed, and a bar marks where a document begins: nothing to its
     right sees anything to its left.
     """
-    config = resolved(ctx, "scratch", names=DataOptions.model_fields)
-    if model is not None and config.is_given("tokenizer"):
-        raise ConfigError("--tokenizer and --model both name a tokenizer; leave one of them out")
+    problems = wrong_flags(ctx)
+    with noting(problems):
+        config = resolve("scratch", [Layer(FLAGS, given(ctx, DataOptions.model_fields))])
+    if model is not None and ctx.params["tokenizer"] is not None:
+        problems.append("--tokenizer and --model both name a tokenizer; leave one of them out")
+    report(problems)
     from seedbed.train.corpus import make_tokenizer, open_training_texts, tokenize
     from seedbed.train.finetune import base_folder
     from seedbed.train.ingredients import reading_of

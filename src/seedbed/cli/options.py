@@ -105,7 +105,10 @@ def _only_one(_ctx: click.Context, option: click.Parameter, values: tuple[str, .
 
 
 def sections(
-    *classes: type[Section], regimes: Sequence[str] = ("scratch",), values: Mapping[str, Any] | None = None
+    *classes: type[Section],
+    regimes: Sequence[str] = ("scratch",),
+    values: Mapping[str, Any] | None = None,
+    without: Sequence[str] = (),
 ) -> Callable[[Any], Any]:
     """Give a command the flags of these sections.
 
@@ -113,12 +116,15 @@ def sections(
         classes: the sections.
         regimes: for which defaults are shown, where they depend on the regime.
         values: what the command itself puts in place of defaults.
+        without: options that mean nothing to the command.
     """
     own, with_presets = values or {}, ModelOptions in classes
 
     def decorate(command: Any) -> Any:
         for section in reversed(classes):
             for name, field in reversed(section.model_fields.items()):
+                if name in without:
+                    continue
                 option = SectionOption(name, field, section, regimes, own, with_presets=with_presets)
                 command.__click_params__ = [*getattr(command, "__click_params__", []), option]
         return command
@@ -141,10 +147,9 @@ def resolved(
     regime: str,
     *,
     below: Sequence[Layer] = (),
-    names: Iterable[str] | None = None,
     needs_text: bool = False,
 ) -> Config:
-    """The config that `--from`, the file and the flags (or `names` of them) make, over the layers `below`.
+    """The config that `--from`, the file and the flags make, over the layers `below`.
 
     needs_text: whether nothing can be done without `--data`.
 
@@ -158,7 +163,7 @@ def resolved(
                 layers.append(read(ctx.params[name]))
             except ConfigError as error:
                 unread += error.problems
-    flags = given(ctx, option_names(regime) if names is None else names)
+    flags = given(ctx, option_names(regime))
     layers.append(Layer(FLAGS, {**flags, **dict.fromkeys(unknown_flags(ctx), "")}))
     return resolve(regime, layers, unread, needs_text=needs_text, also=contradictions)
 

@@ -183,6 +183,16 @@ def test_data_show_is_what_the_model_sees(
         assert all(labels[i] == ids[i + 1] for i in range(31) if segments[i] == segments[i + 1])
 
 
+def test_data_show_has_no_flags_of_training(small_text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--max_steps", "10", "--seed", "1", "--device", "cpu", "--sample_prompt", "x", "--streaming"]
+    assert run(["data", "show", "--data", str(small_text_file), "--max_seq_len", "one", *flags]) == 2
+    said = capsys.readouterr().err
+    for flag in ("--max_steps", "--seed", "--device", "--sample_prompt", "--streaming"):
+        assert f"unknown option {flag}" in said
+    assert "--max_seq_len one (set on the command line): expected a valid integer" in said
+    assert said.count("expected") == 1
+
+
 def test_data_show_marks_padding(small_text_file: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["data", "show", "--data", str(small_text_file), "--tokenizer", str(tiny_run / "tokenizer")]
     facts = run_json([*words, "--no_packing", "--max_seq_len", "2000", "--num", "100"], capsys)
