@@ -33,7 +33,7 @@ from seedbed import distributed
 from seedbed.adapter import CONFIG_FILE as ADAPTER_FILE
 from seedbed.adapter import base_name, load_adapter, save_adapter
 from seedbed.device import pick_device
-from seedbed.disk import flush, sha256_of
+from seedbed.disk import expanded, flush, sha256_of
 from seedbed.errors import CheckpointError, ConfigError, StorageError
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Base, Decoder
@@ -170,7 +170,7 @@ def find_model(path: str | Path, named: str = "--model") -> Path:
         ConfigError: there is no such folder.
         CheckpointError: a run without a checkpoint, or a folder without a model.
     """
-    folder = Path(os.path.expanduser(path))  # noqa: PTH111 (which leaves the name of an unknown user as it is)
+    folder = Path(expanded(path))
     if str(path) and is_model_folder(folder):
         return folder
     if not str(path) or not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, also after a power cut, and their digests."""
+"""Files that are whole or not there, also after a power cut, their digests, and paths that begin at home."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def expanded(path: str | Path) -> str:
+    """The path with the user's home folder in place of a leading `~`; the name of an unknown user stays as it is."""
+    return os.path.expanduser(path)  # noqa: PTH111 (which does not raise for an unknown user)
 
 
 @contextmanager

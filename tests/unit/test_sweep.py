@@ -187,8 +187,10 @@ def test_a_file_may_grow_and_what_began_stays_as_it_was(plan_of: MakePlan, tmp_p
     assert beta2.startswith("a: --beta2 was not set when the run began and the file now says 0.9; ")
 
 
-def test_the_folder_is_named_after_the_file(tmp_path: Path) -> None:
+def test_the_folder_is_named_after_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert folder_of("x/lora-rank.yaml", None) == Path("runs/lora-rank")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert folder_of("x.yaml", "~/sweep") == tmp_path / "sweep"
     (tmp_path / "config.yaml").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match="holds a run, and a sweep needs a folder of its own"):
         folder_of("x.yaml", tmp_path)

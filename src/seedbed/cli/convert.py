@@ -9,6 +9,7 @@ import click
 
 from seedbed.cli.console import json_option, make_console, print_facts, print_json
 from seedbed.cli.verb import Verb, refuse_unknown
+from seedbed.disk import expanded
 from seedbed.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +21,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 @click.command("import", cls=Verb, epilog="Example: seedbed import SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2")
 @click.argument("source")
 @click.argument("folder", required=False)
-@click.option("--output", metavar="FOLDER", help="Where to write it, unless FOLDER says so; a new or empty folder.")
+@click.option(
+    "--output",
+    type=expanded,
+    metavar="FOLDER",
+    help="Where to write it, unless FOLDER says so; a new or empty folder.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
@@ -111,10 +117,18 @@ def _import_folder(source: str, output: Path, dtype: str | None, display: Displa
     cls=Verb, epilog="Example: seedbed export --model runs/questions-gpt2-lora --gguf --output questions.gguf"
 )
 @click.argument("folder", required=False)
-@click.option("--model", metavar="FOLDER", help="A checkpoint, a run, an adapter or a transformers folder.")
+@click.option(
+    "--model", type=expanded, metavar="FOLDER", help="A checkpoint, a run, an adapter or a transformers folder."
+)
 @click.option("--merge", is_flag=True, help="Merge the adapter into its base: a plain model folder.")
 @click.option("--gguf", is_flag=True, help="Write a GGUF file, for llama.cpp and its kin; an adapter is merged.")
-@click.option("--output", required=True, metavar="PATH", help="Where to write it; a new folder, or a new .gguf file.")
+@click.option(
+    "--output",
+    type=expanded,
+    required=True,
+    metavar="PATH",
+    help="Where to write it; a new folder, or a new .gguf file.",
+)
 @click.option("--dtype", type=click.Choice(DTYPES), help="With --gguf: of the matrices. [float16]")
 @json_option
 @click.pass_context

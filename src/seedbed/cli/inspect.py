@@ -16,6 +16,7 @@ from seedbed.cli.options import given, sections
 from seedbed.cli.verb import Verb, noting, refuse_unknown, report, wrong_flags
 from seedbed.config import FLAGS, TRAINED_HERE, DataOptions, Layer, TextOptions, read_section, resolve
 from seedbed.data.rows import NO_TARGET
+from seedbed.disk import expanded
 from seedbed.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def tokenizer() -> None:
 @click.option(
     "--vocab_size", type=click.IntRange(min=1), help="Number of tokens; by default it grows with the text, up to 8000."
 )
-@click.option("--output", required=True, metavar="FOLDER", help="Where to save it; a new or empty folder.")
+@click.option(
+    "--output", type=expanded, required=True, metavar="FOLDER", help="Where to save it; a new or empty folder."
+)
 @json_option
 @sections(TextOptions)
 @click.pass_context
@@ -146,7 +149,9 @@ def list_data(ctx: click.Context, /, as_json: bool) -> None:
     epilog="Example: seedbed data show --data book.txt --tokenizer tok --max_seq_len 64",
 )
 @click.option("--num", type=click.IntRange(min=1), default=3, help="How many rows to show. [3]")
-@click.option("--model", metavar="FOLDER", help="A pretrained model whose tokenizer and chat template to use.")
+@click.option(
+    "--model", type=expanded, metavar="FOLDER", help="A pretrained model whose tokenizer and chat template to use."
+)
 @json_option
 @sections(DataOptions, without=("streaming",))
 @click.pass_context

@@ -17,7 +17,8 @@ from seedbed.cli.console import json_option, make_console, print_json, say
 from seedbed.cli.models import device_option, held_out_documents, model_option
 from seedbed.cli.options import given, read_sampling, sections
 from seedbed.cli.verb import Verb, noting, report, wrong_flags
-from seedbed.config import FLAGS, SamplingOptions, Section, read_section
+from seedbed.config import FLAGS, PathName, SamplingOptions, Section, read_section
+from seedbed.disk import expanded
 from seedbed.errors import ConfigError, SeedbedError
 from seedbed.judge.references import chrf
 from seedbed.runs.folder import require_whole_summary, update_summary
@@ -44,7 +45,7 @@ class JudgeOptions(Section):
     judge_model: str | None = Field(
         None, description="Which of the server's models judges; by default the first it lists."
     )
-    judge: str | None = Field(None, description="A local checkpoint, run or transformers folder to judge instead.")
+    judge: PathName | None = Field(None, description="A local checkpoint, run or transformers folder to judge instead.")
     repeats: Annotated[int, Field(gt=0)] = Field(1, description="How many times each answer is scored.")
     judge_temperature: Annotated[float, Field(ge=0)] | None = Field(
         None, description="Sampling temperature of the judge. [0, or 1 with --repeats]"
@@ -83,15 +84,18 @@ class AnswerOptions(SamplingOptions):
 @click.option("--limit", type=click.IntRange(min=1), help="Ask only this many questions, spread over the data.")
 @click.option(
     "--baseline",
+    type=expanded,
     default="auto",
+    metavar="TEXT",
     help="A model to score for comparison: a folder or hub id, `none`, or the one the run started from. [auto]",
 )
 @click.option(
     "--against",
+    type=expanded,
     metavar="FOLDER",
     help="Another model; the judge compares the two answers to each question, in both orders.",
 )
-@click.option("--output", metavar="FOLDER", help="Where to keep answers and replies. [RUN/judge]")
+@click.option("--output", type=expanded, metavar="FOLDER", help="Where to keep answers and replies. [RUN/judge]")
 @click.option("--batch_size", type=click.IntRange(min=1), default=16, help="Answers to write at once. [16]")
 @device_option
 @json_option

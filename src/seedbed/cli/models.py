@@ -13,6 +13,7 @@ from seedbed.cli.console import json_option, make_console, print_facts, print_js
 from seedbed.cli.options import read_sampling, sections
 from seedbed.cli.verb import Verb, noting, report, wrong_flags
 from seedbed.config import SamplingOptions
+from seedbed.disk import expanded
 from seedbed.errors import ConfigError, DataError
 from seedbed.runs.folder import read_summary
 from seedbed.runs.info import is_run, read_run, run_of
@@ -31,6 +32,7 @@ DEFAULT_CONTEXT = 1024
 
 model_option = click.option(
     "--model",
+    type=expanded,
     required=True,
     metavar="FOLDER",
     help="A checkpoint, a run (its best checkpoint is used), or any transformers folder.",
@@ -221,7 +223,7 @@ def held_out_evaluation(run: str, decoder: Decoder, tokenizer: Tokenizer, consol
 @click.option(
     "--prompt", multiple=True, help="Text to continue; may be given several times. Empty starts a new document."
 )
-@click.option("--prompt_file", type=click.Path(), help="A text file to continue.")
+@click.option("--prompt_file", type=expanded, metavar="PATH", help="A text file to continue.")
 @click.option("--chat", is_flag=True, help="Ask each prompt as a question, in the model's chat template.")
 @click.option("--system", help="With --chat, what the model is told before the question.")
 @device_option

@@ -13,6 +13,7 @@ import click
 
 from seedbed.cli.console import json_option, print_json
 from seedbed.cli.verb import Verb, refuse_unknown
+from seedbed.disk import expanded
 from seedbed.errors import ConfigError, did_you_mean
 from seedbed.runs.folder import read_summary, update_summary
 from seedbed.runs.info import RunInfo, find_runs, is_run, read_run, run_of
@@ -110,6 +111,7 @@ def _say_what_is_left_out(rows: Sequence[dict[str, Any]], width: int) -> None:
 @click.option("--lineage", is_flag=True, help="Show the domains its model learnt, and what each made it forget.")
 @click.option(
     "--baseline",
+    type=expanded,
     metavar="RUN",
     help="With --lineage, compare with this naive run of the same domain from the same model.",
 )
@@ -205,6 +207,7 @@ def compare_runs(
 @click.argument("names", metavar="RUN [...]", nargs=-1, required=True)
 @click.option(
     "--output",
+    type=expanded,
     metavar="FILE.html",
     help="Where to write the page. [report.html in the run; for several, comparison.html beside them]",
 )

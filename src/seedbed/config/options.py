@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from seedbed.disk import expanded
+
 
 def _whole(value: Any) -> Any:
     """Large numbers may be written as 2e6."""
@@ -44,6 +46,8 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 Name = Annotated[str, Field(min_length=1)]
+PathName = Annotated[str, AfterValidator(expanded)]
+"""A path, or a name that may stand for one, such as a hub id."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -81,7 +85,7 @@ class TextOptions(Section):
 class DataOptions(TextOptions):
     """Data"""
 
-    tokenizer: str | None = Field(
+    tokenizer: PathName | None = Field(
         description="bpe or char trains one on the training text; or name a tokenizer folder or a hub id."
     )
     vocab_size: Positive | None = Field(
@@ -112,7 +116,7 @@ class DataOptions(TextOptions):
 class PretrainedOptions(Section):
     """Model"""
 
-    model: Annotated[str, BeforeValidator(folder_of_config)] = Field(
+    model: Annotated[PathName, BeforeValidator(folder_of_config)] = Field(
         description="A preset (tiny, small, medium, distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a folder "
         "whose config.json gives the shape.",
     )
@@ -309,7 +313,7 @@ class WatchOptions(Section):
         False,
         description="Write checkpoints while training goes on, from a copy in memory; the run waits for the last one.",
     )
-    output: Name | None = Field(
+    output: Annotated[Name, AfterValidator(expanded)] | None = Field(
         None, description="Run folder; by default runs/ and a name made from the data and the model."
     )
     stop_at_step: Positive | None = Field(
@@ -318,7 +322,9 @@ class WatchOptions(Section):
         "command without this flag resumes it.",
     )
     resume: bool = Field(True, description="Resume an unfinished run in the same folder.")
-    resume_from: Name | None = Field(None, description="Checkpoint folder to go on from.")
+    resume_from: Annotated[Name, AfterValidator(expanded)] | None = Field(
+        None, description="Checkpoint folder to go on from."
+    )
     tensorboard: bool = Field(True, description="Write TensorBoard files into the run folder.")
     report: bool = Field(True, description="At the end, write report.html (curves and diagnosis) into the run folder.")
     sample_prompt: str = Field(

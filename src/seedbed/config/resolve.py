@@ -27,6 +27,7 @@ from seedbed.config.options import (
     folder_of_config,
 )
 from seedbed.config.regimes import REGIMES, WITH_LORA, option_names
+from seedbed.disk import expanded
 from seedbed.errors import ConfigError, did_you_mean
 from seedbed.parsing import parse_yaml
 
@@ -175,7 +176,7 @@ def read_config_file(name: str) -> Layer:
     Raises:
         ConfigError: no such file or preset, or not a mapping of names to values.
     """
-    path = Path(name)
+    path = Path(expanded(name))
     if not path.is_file():
         if name in preset_names():
             preset = read_preset(name)
@@ -195,7 +196,7 @@ def read_run_options(regime: str, run: str) -> Layer:
     Raises:
         ConfigError: no such run, or one of another kind.
     """
-    path = Path(run) / "config.yaml"
+    path = Path(expanded(run)) / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"--from {run}: holds no run (there is no config.yaml); expected a folder such as runs/NAME")
     saved = read_yaml(path, f"--from {run}")
@@ -210,7 +211,7 @@ def read_run_options(regime: str, run: str) -> Layer:
         for name, value in saved.items()
         if name not in OF_ONE_RUN and origin_of(sources.get(name, BY_DEFAULT)) is Origin.USER
     }
-    return Layer(str(path), chosen, run=str(Path(run)))
+    return Layer(str(path), chosen, run=str(path.parent))
 
 
 def read_yaml(path: Path, name: str) -> dict[str, Any]:
@@ -296,7 +297,7 @@ def _asks_for_lora(layers: Sequence[Layer]) -> bool:
 def _preset_layer(layers: Sequence[Layer], problems: list[str]) -> list[Layer]:
     """The preset that `model` names; it goes beneath the layers, so that every flag and file value wins over it."""
     named = [layer for layer in layers if "model" in layer.values]
-    name = str(folder_of_config(named[-1].values["model"])) if named else REGIMES["scratch"].defaults["model"]
+    name = expanded(str(folder_of_config(named[-1].values["model"]))) if named else REGIMES["scratch"].defaults["model"]
     if name in preset_names():
         preset = read_preset(name)
         if "arch" in preset:

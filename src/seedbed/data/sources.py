@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -22,7 +21,7 @@ from seedbed.data.files import (
 )
 from seedbed.data.named import NAMED, HubRows, load_hub_documents
 from seedbed.data.python_docs import python_docs
-from seedbed.disk import sha256_of
+from seedbed.disk import expanded, sha256_of
 from seedbed.errors import ConfigError, DataError, TooLittleTextError, did_you_mean
 
 
@@ -207,7 +206,7 @@ def _common_format(spec: str, paths: Sequence[Path], text_column: str) -> str:
 
 def find_files(spec: str, flag: str) -> list[Path]:
     """The files a spec means, in an order that is the same on every machine."""
-    path = Path(os.path.expanduser(spec))  # noqa: PTH111 (which leaves the name of an unknown user as it is)
+    path = Path(expanded(spec))
     if path.is_file():
         return [path]
     if path.is_dir():

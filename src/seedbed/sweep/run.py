@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from seedbed.disk import write_atomically
+from seedbed.disk import expanded, write_atomically
 from seedbed.errors import ConfigError, RunInUseError
 from seedbed.runs.columns import status
 from seedbed.runs.folder import being_made, update_summary
@@ -93,7 +93,7 @@ def folder_of(file: str | Path, output: str | Path | None) -> Path:
     Raises:
         ConfigError: there is a run in it.
     """
-    folder = Path(output) if output is not None else Path("runs") / Path(file).stem
+    folder = Path(expanded(output)) if output is not None else Path("runs") / Path(file).stem
     if is_run(folder):
         raise ConfigError(f"{folder} holds a run, and a sweep needs a folder of its own; choose another --output")
     return folder

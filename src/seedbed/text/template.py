@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
 
+from seedbed.disk import expanded
 from seedbed.errors import ConfigError, DataError, did_you_mean
 from seedbed.text.sandbox import Sandbox
 from seedbed.text.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def find_template(tokenizer: Tokenizer, choice: str | None, format: str) -> Temp
     if name in BUILT_IN:
         packed = resources.files("seedbed.text").joinpath("templates", f"{name}.jinja")
         return Template(tokenizer, name, packed.read_text(encoding="utf-8"))
-    path = Path(os.path.expanduser(name))  # noqa: PTH111 (which leaves the name of an unknown user as it is)
+    path = Path(expanded(name))
     try:
         return Template(tokenizer, name, path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -206,7 +205,7 @@ def _adopt(config: Config, path: Path, free: frozenset[str]) -> Config:
 def _destination(config: Config) -> Path:
     """The folder that was named; else one named after data and model, the newest that is not finished."""
     if config.watching.output is not None:
-        return Path(os.path.expanduser(config.watching.output))  # noqa: PTH111 (leaves the name of an unknown user)
+        return Path(config.watching.output)
     text = config.keeping.domain or Path(config.data.data or "").stem.replace("*", "") or "text"
     kind = "-lora" if config.with_lora else ""
     path = Path("runs") / f"{text}-{_model_name(config.model.model)}{kind}"

@@ -227,6 +227,29 @@ def test_memory_that_runs_out_outside_of_training(
         run(["evaluate", "--model", str(tiny_run)])
 
 
+def test_verbs_know_the_home_folder(
+    small_text_file: Path,
+    tiny_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A shell leaves `--output=~/x` as it is."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(home))
+    text = ["--data", str(small_text_file)]
+    assert run(["tokenizer", "train", *text, "--vocab_size", "300", "--output=~/tokens"]) == 0
+    words = ["demo", *text, *tiny_flags, "--max_steps", "1", "--output=~/run"]
+    assert run(words) == 0
+    assert run(["data", "show", *text, "--max_seq_len", "32", "--model=~/run"]) == 0
+    assert run(["data", "show", *text, "--max_seq_len", "32", "--tokenizer=~/tokens"]) == 0
+    assert run(["evaluate", "--model=~/run"]) == 0
+    assert run(["import", str(home / "run/checkpoints/final"), "--output=~/copy"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert {path.name for path in home.iterdir()} >= {"tokens", "run", "copy"}
+
+
 def test_evaluate_says_that_a_runs_text_has_changed(
     small_text_file: Path, tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

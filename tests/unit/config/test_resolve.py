@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 import yaml
 
-from seedbed.config import FLAGS, Config, Layer, option_names, preset_names, read_config_file, read_preset, resolve
+from seedbed.config import (
+    FLAGS,
+    Config,
+    Layer,
+    option_names,
+    preset_names,
+    read_config_file,
+    read_preset,
+    read_run_options,
+    resolve,
+)
 from seedbed.errors import ConfigError
 
 
@@ -410,3 +420,37 @@ def test_going_back_needs_no_domain() -> None:
 def test_options_of_continuing_mean_nothing_in_fine_tuning(name: str) -> None:
     [problem] = tuning_problems(Layer(FLAGS, {"model": "gpt2", name: "1"}))
     assert problem == f"--{name} has no meaning when fine-tuning pretrained weights; leave it out"
+
+
+# Paths that begin at home
+
+
+@pytest.mark.parametrize("name", ["model", "tokenizer", "output", "resume_from"])
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("~/m", "HOME/m"),
+        ("~", "HOME"),
+        ("~nobody.here/m", "~nobody.here/m"),
+        ("owner/name", "owner/name"),
+        ("a~", "a~"),
+    ],
+)
+def test_a_leading_tilde_is_the_home_folder(
+    name: str, given: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {"data": "b.txt", "model": "owner/model", name: given}
+    config = resolve("finetune", [Layer("my.yaml", values)])
+    assert config.values()[name] == meant.replace("HOME", str(tmp_path))
+
+
+def test_a_shape_a_file_and_a_run_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    config = flags(model="~/config.json", learning_rate=1e-3)
+    assert config.model.model == str(tmp_path)
+    (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert read_config_file("~/config.yaml").values["model"] == str(tmp_path)
+    run = read_run_options("scratch", "~")
+    assert (run.values["learning_rate"], run.run) == (1e-3, str(tmp_path))
