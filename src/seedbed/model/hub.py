@@ -139,9 +139,11 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
+        if output.exists():  # it is empty, and stays: it may be the working folder, or a disk of its own
+            for part in temporary.iterdir():
+                shutil.move(part, output)
+        else:
+            temporary.rename(output)
     except OSError as error:
         raise StorageError(f"{output}: could not be written ({error}); free space, or choose another") from error
     finally:

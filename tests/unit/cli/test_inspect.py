@@ -96,6 +96,17 @@ def test_training_a_tokenizer_replaces_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
+def test_a_tokenizer_may_go_into_the_working_folder(
+    small_text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert run(["tokenizer", "train", "--type", "char", "--data", str(small_text_file), "--output", "."]) == 0
+    assert "tokenizer.json" in {path.name for path in here.iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 def test_a_tokenizer_that_the_disk_refuses_leaves_nothing(
     small_text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
