@@ -133,7 +133,12 @@ def test_what_is_frozen_has_no_gradient(
 
 RESUMED: dict[str, dict[str, Any]] = {
     "lora": {"model": "gpt2", "lora_dropout": 0.2, "lora_dora": True, "dropout": 0.1},
-    "lora with new tokens": {"data": "chat", "chat_template": "chatml", "lora_embeddings": True},
+    "lora with new tokens": {
+        "data": "chat",
+        "chat_template": "chatml",
+        "add_tokens": ["<|a|>", "<|b|>"],
+        "lora_embeddings": True,
+    },
     "whole": {"data": "alpaca", "neftune_alpha": 5, "optimizer": "sgd"},
     "new tokens": {"model": "gpt2", "data": "chat", "chat_template": "chatml", "freeze": "mlp", "packing": False},
     "last block": {"data": "chat", "last_blocks": 1, "train_on_prompt": True},

@@ -105,9 +105,9 @@ class Config:
         return REGIMES[self.regime].continues
 
     def values(self) -> dict[str, Any]:
-        """The options that mean something in this regime as one flat mapping, in documented order."""
+        """One flat mapping, as YAML has it, of the options that mean something in this regime, in documented order."""
         sections = (self.data, self.model, self.adapt, self.keeping, self.training, self.watching)
-        everything = {name: value for section in sections for name, value in section.model_dump().items()}
+        everything = {name: value for section in sections for name, value in section.model_dump(mode="json").items()}
         return {name: everything[name] for name in option_names(self.regime)}
 
     def update(self, source: str, **values: Any) -> Config:

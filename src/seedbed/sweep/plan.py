@@ -185,11 +185,7 @@ def _resolved(file: SweepFile, run: _Variation) -> PlannedRun:
         layers.append(Layer("budget", file.budget.flags()))
     config = resolve(REGIME_OF_VERB[file.verb], layers)
     places = {layer.source for layer in layers}
-    flags = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in config.values().items()
-        if config.sources[name] in places
-    }
+    flags = {name: value for name, value in config.values().items() if config.sources[name] in places}
     config = resolve(REGIME_OF_VERB[file.verb], [Layer(FLAGS, flags)])
     if problems := [*_without_text(config), *_rungs_missed(file.halving, config)]:
         raise ConfigError(problems)
