@@ -571,6 +571,16 @@ def test_stopping_at_the_alarm_keeps_the_weights_at_hand(keep_it: RunIt, tmp_pat
     assert history_of(tmp_path / "run").stages[-1].after[BASE].loss == pytest.approx(last["val_loss/base"])
 
 
+def test_stopping_at_the_alarm_without_held_out_text(keep_it: RunIt, domain_text: Make, tmp_path: Path) -> None:
+    log = io.StringIO()
+    options = {"method": "naive", "max_forgetting": 1e-9, "on_forgetting": "stop", "learning_rate": 0.1}
+    more = {"general_data": str(domain_text("docs")), "val_split": 0.0, "eval_every": 2}
+    outcome = keep_it(tmp_path / "run", log=log, **options, **more)
+    assert (outcome.exit_code, outcome.summary["status"]) == (0, "early_stopped")
+    assert (outcome.summary["best_step"], outcome.summary["best_val_loss"]) == (2, None)
+    assert f"Model available at: {tmp_path}/run/checkpoints/final" in log.getvalue()
+
+
 def test_a_warning_changes_nothing(keep_it: RunIt, naive: Path, tmp_path: Path) -> None:
     options = {**HARD, "method": "naive", "max_forgetting": 0.02, "on_forgetting": "warn"}
     outcome = keep_it(tmp_path / "run", **options)

@@ -189,7 +189,7 @@ class Display:
                 self.line("The same command with more --max_training_hours goes on from there")
             case "interrupted":
                 self.line(f"Interrupted and saved at step {summary['steps']}; the same command goes on from there")
-        if summary["best_step"] is not None:
+        if summary["best_step"] is not None and summary["best_val_loss"] is not None:
             self.line(
                 f"Best model: step {summary['best_step']} with validation loss {summary['best_val_loss']:.4f} "
                 f"(perplexity {summary['best_val_ppl']:.2f}, {summary['bits_per_byte']:.4f} bits per byte)"
