@@ -274,6 +274,14 @@ def test_fp16_scale_is_restored(run_it: RunIt, tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "straight") == read_metrics(tmp_path / "stopped")
 
 
+@pytest.mark.parametrize(("before", "after"), [("fp32", "fp16"), ("fp16", "fp32")])
+def test_a_branch_takes_another_precision(run_it: RunIt, tmp_path: Path, before: str, after: str) -> None:
+    run_it(tmp_path / "a", precision=before, max_steps=4)
+    branch = {"resume_from": str(tmp_path / "a/checkpoints/final"), "precision": after, "max_steps": 6}
+    outcome = run_it(tmp_path / "b", **branch)
+    assert (outcome.exit_code, outcome.summary["steps"], outcome.summary["precision"]) == (0, 6, after)
+
+
 def test_validation_data_of_its_own(run_it: RunIt, tmp_path: Path, text_file: Path) -> None:
     log = io.StringIO()
     run_it(tmp_path / "a", log=log, max_steps=2, val_data=str(text_file))

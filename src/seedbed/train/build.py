@@ -294,7 +294,8 @@ def restore(
         return TrainingState()
     state = TrainingState.from_json(read_state(checkpoint))
     load_optimizer_tensors(model, optimizer, read_optimizer(checkpoint))
-    scaler.load_state_dict(state.scaler)
+    if state.scaler:  # none of a run in other precision
+        scaler.load_state_dict(state.scaler)
     return state
 
 

@@ -164,7 +164,8 @@ def go_back(job: Job) -> Path | None:
     then.micro_batch_size, then.seconds = now.micro_batch_size, now.seconds
     then.tokens_at_rollback = now.tokens_at_rollback
     now.become(then)
-    job.scaler.load_state_dict(now.scaler)
+    if now.scaler:  # none of a run in other precision
+        job.scaler.load_state_dict(now.scaler)
     job.run.truncate({name: length for name, length in now.records.items() if name != "events.jsonl"})
     return checkpoint
 
