@@ -177,6 +177,21 @@ def test_less_memory_means_fewer_rows_at_once(
     assert last == pytest.approx(same, abs=1e-4 if where == "evaluation" else 1e-6)
 
 
+def test_a_branch_of_a_run_that_ran_out_of_memory_may_take_fewer_rows(
+    run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**OPTIONS, "max_steps": 4, "batch_size": 8}
+    with monkeypatch.context() as patch:
+        out_of_memory(patch, "forward", beyond=4, at_step=0)
+        run_it(tmp_path / "a", **options)
+    struck = out_of_memory(monkeypatch, "forward", beyond=2, at_step=0)
+    branch = {**options, "max_steps": 6, "resume_from": str(tmp_path / "a/checkpoints/final")}
+    assert run_it(tmp_path / "b", **{**branch, "batch_size": 2}).summary["steps"] == 6
+    assert struck == []
+    assert run_it(tmp_path / "c", **{**branch, "batch_size": 16}).summary["steps"] == 6
+    assert struck == [4]
+
+
 def test_memory_that_does_not_hold_one_row(run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     struck = out_of_memory(monkeypatch, "forward", beyond=0, at_step=5)
     with pytest.raises(OutOfMemoryError, match=r"one row of 32 tokens.*--gradient_checkpointing, --max_seq_len 16"):

@@ -126,8 +126,9 @@ class Job:
 
     @property
     def micro_batch_size(self) -> int:
-        """Rows at once."""
-        return self.state.micro_batch_size or self.training.batch_size
+        """Rows at once: as configured, or fewer since those ran out of memory."""
+        configured = self.training.batch_size
+        return min(self.state.micro_batch_size or configured, configured)
 
     @property
     def steps_per_epoch(self) -> int:
