@@ -100,6 +100,23 @@ def test_resume_from_a_named_checkpoint_makes_a_new_run(run_it: RunIt, tmp_path:
     assert read_metrics(tmp_path / "a") == before
 
 
+@pytest.mark.parametrize("length", [16, 48])
+def test_learnt_positions_stay_as_many(run_it: RunIt, tmp_path: Path, length: int) -> None:
+    run_it(tmp_path / "a", arch="gpt2", max_steps=2)
+    checkpoint = tmp_path / "a/checkpoints/final"
+    with pytest.raises(ConfigError, match=f"--max_seq_len {length}: .* has learnt 32 positions") as refused:
+        run_it(tmp_path / "b", arch="gpt2", max_steps=4, resume_from=str(checkpoint), max_seq_len=length)
+    assert ("seedbed finetune" in str(refused.value)) == (length < 32)
+    assert not (tmp_path / "b").exists()
+
+
+def test_rotary_positions_take_another_length(run_it: RunIt, tmp_path: Path) -> None:
+    run_it(tmp_path / "a", arch="llama", max_steps=2)
+    checkpoint = tmp_path / "a/checkpoints/final"
+    outcome = run_it(tmp_path / "b", arch="llama", max_steps=4, resume_from=str(checkpoint), max_seq_len=48)
+    assert (outcome.summary["steps"], outcome.summary["shape"]["max_seq_len"]) == (4, 48)
+
+
 def test_a_finished_run_is_left_alone(run_it: RunIt, tmp_path: Path) -> None:
     run_it(tmp_path / "a", **OPTIONS)
     before = (tmp_path / "a/metrics.json").read_bytes()

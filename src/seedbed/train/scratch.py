@@ -9,8 +9,10 @@ import torch
 from seedbed import distributed
 from seedbed.checkpoint import require_match
 from seedbed.config import Config
+from seedbed.errors import ConfigError
 from seedbed.model.config import DecoderConfig
 from seedbed.model.decoder import Decoder, num_parameters
+from seedbed.model.families import read_config
 from seedbed.model.shape import ASSUMED_VOCAB, decoder_config
 from seedbed.model.weights import load_decoder
 from seedbed.optim import compiler_beside
@@ -40,7 +42,9 @@ def prepare_scratch(config: Config, display: Display, start: Start | None = None
         ConfigError, DataError: what is wrong with the options or the text.
     """
     data = config.data
-    decoder_config(config.model, data, data.vocab_size or ASSUMED_VOCAB)  # contradictions first
+    wanted = decoder_config(config.model, data, data.vocab_size or ASSUMED_VOCAB)  # contradictions first
+    if start is not None and start.checkpoint is not None:
+        require_positions(start.checkpoint, wanted.max_seq_len)
     texts = open_training_texts(data)
     if start is not None:
         banner(display, config, texts, start.run.path)
@@ -49,6 +53,17 @@ def prepare_scratch(config: Config, display: Display, start: Start | None = None
     corpus = tokenize(texts, reading, data, config.training, display)
     shape = decoder_config(config.model, data, reading.tokenizer.vocab_size)
     return Prepared(with_shape(config, shape), shape, texts, tokenizer, reading, corpus)
+
+
+def require_positions(checkpoint: Path, wanted: int) -> None:
+    """Raise ConfigError where the checkpoint has learnt positions, and another number of them."""
+    saved = read_config(checkpoint)
+    if saved.position == "learned" and saved.max_seq_len != wanted:
+        shorter = f"; for shorter rows: seedbed finetune --model {checkpoint} --max_seq_len {wanted}"
+        raise ConfigError(
+            f"--max_seq_len {wanted}: {checkpoint} has learnt {saved.max_seq_len} positions, which stay as many; "
+            f"leave it out{shorter if wanted < saved.max_seq_len else ''}"
+        )
 
 
 def with_shape(config: Config, shape: DecoderConfig) -> Config:
