@@ -305,3 +305,19 @@ def test_nothing_is_left_behind_by_bad_data(run_it: RunIt, tmp_path: Path) -> No
     with pytest.raises(DataError, match="lower --max_seq_len"):
         run_it(tmp_path / "a", data=str(tmp_path / "short.txt"))
     assert not (tmp_path / "a").exists()
+
+
+def test_padded_rows_need_less_text_than_one_row(run_it: RunIt, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short for a row.\n\nTo learn.\n")
+    options = {"tokenizer": "char", "vocab_size": None, "max_steps": 2, "val_split": 0, "max_seq_len": 64}
+    outcome = run_it(tmp_path / "a", data=str(tmp_path / "short.txt"), packing=False, **options)
+    assert outcome.summary["steps"] == 2
+
+
+def test_the_text_of_a_small_parquet_file_may_be_large(run_it: RunIt, tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": [f"Number {number} again. " * 400 for number in range(9)]})
+    parquet.write_table(table, tmp_path / "rows.parquet", compression="zstd")
+    options = {"tokenizer": "char", "vocab_size": None, "max_steps": 2, "max_seq_len": 2048, "batch_size": 1}
+    assert (tmp_path / "rows.parquet").stat().st_size < 2048
+    assert run_it(tmp_path / "a", data=str(tmp_path / "rows.parquet"), **options).summary["steps"] == 2

@@ -196,7 +196,8 @@ def open_training_texts(options: DataOptions) -> Texts:
         DataError: also when the text cannot fill one row, whatever the tokenizer.
     """
     texts = open_texts(_of_first_shard(options) if options.streaming else options)
-    _require_a_row(texts, options.max_seq_len)
+    if options.packing and not texts.are_conversations:
+        _require_a_row(texts, options.max_seq_len)
     return texts
 
 
@@ -220,12 +221,15 @@ def _of_first_shard(options: TextOptions) -> TextOptions:
 
 
 def _require_a_row(texts: Texts, max_seq_len: int) -> None:
-    if not texts.are_conversations and texts.train.num_bytes < max_seq_len:
-        for _ in texts.train.documents():  # what is wrong inside comes first: it may be why there is so little
-            pass
+    if texts.train.num_bytes >= max_seq_len:
+        return
+    # Parquet may hold more than its size says; and what is wrong inside comes first: it may be why there is so little.
+    sizes = [len(text.encode()) for text in texts.train.documents()]
+    if sum(sizes) + len(sizes) < max_seq_len:  # each ends with a token of its own
         raise DataError(
-            f"--data {texts.train.name}: {texts.train.num_bytes:,} bytes of text are less than one row of "
-            f"--max_seq_len {max_seq_len:,} tokens; lower --max_seq_len, or give more text"
+            f"--data {texts.train.name}: {sum(sizes):,} bytes of text are less than one row of "
+            f"--max_seq_len {max_seq_len:,} tokens; lower --max_seq_len, give more text, or leave rows short with "
+            "--no_packing"
         )
 
 
