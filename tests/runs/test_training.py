@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from seedbed.runs.folder import read_records
 from seedbed.train import step
 from seedbed.train.build import build_job
 from seedbed.train.job import Job
+from seedbed.train.loop import Loop
 from seedbed.train.progress import Display
 from seedbed.train.resume import Start, open_run
+from seedbed.train.stopping import StopRequest
 from tests.runs.conftest import TINY, RunIt, read_metrics
 
 
@@ -197,6 +201,29 @@ def test_time_limit_saves_and_goes_on_in_what_is_left(run_it: RunIt, tmp_path: P
     more = run_it(tmp_path / "a", max_training_hours=5 / 3600, **options)
     assert more.exit_code == 75 and more.summary["steps"] > steps
     assert more.summary["hours"] > outcome.summary["hours"]
+
+
+def test_stopping_before_the_first_step_saves_nothing(
+    run_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_steps": 2, "eval_every": 2}
+    log = io.StringIO()
+    outcome = run_it(tmp_path / "a", log=log, max_training_hours=1e-4, **options)
+    assert (outcome.exit_code, outcome.summary["steps"]) == (75, 0)
+    real = Loop.run
+
+    def signalled(loop: Loop, request: StopRequest) -> str:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(loop, request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "run", signalled)
+        assert run_it(tmp_path / "a", log=log, **options).exit_code == 130
+    said = log.getvalue()
+    assert said.count("before the first step: nothing was trained, and nothing is saved") == 2
+    assert "more --max_training_hours" in said and "saved to" not in said and "saved at" not in said
+    assert not list((tmp_path / "a").glob("checkpoints/*"))
+    assert run_it(tmp_path / "a", max_training_hours=1.0, **options).summary["steps"] == 2
 
 
 def test_cosine_time_reaches_the_floor_when_the_hours_run_out(run_it: RunIt, tmp_path: Path) -> None:

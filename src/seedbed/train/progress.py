@@ -179,6 +179,12 @@ class Display:
                 self.line(f"Stopped early: {why}. Time: {minutes:.2f} minutes")
                 if summary["best_step"]:
                     self.line(f"final/ holds the best weights, those of step {summary['best_step']}")
+            case "time_limit" if not summary["steps"]:
+                self.line("The time was up before the first step: nothing was trained, and nothing is saved")
+                self.line("The same command with more --max_training_hours begins anew")
+            case "interrupted" if not summary["steps"]:
+                self.line("Interrupted before the first step: nothing was trained, and nothing is saved")
+                self.line("The same command begins anew")
             case "time_limit" if summary["reason"]:
                 self.line(
                     f"Stopped at step {summary['steps']} ({summary['reason']}), saved to {run}/checkpoints/time-limit"
