@@ -27,6 +27,7 @@ from seedbed.text.tokenizer import train_char
 from seedbed.train.corpus import open_run_texts
 from tests.runs.conftest import RunIt, read_metrics, same_run
 from tests.runs.test_distributed import EQUAL, Together, curve
+from tests.runs.test_training import build
 
 SHARDS = 4
 
@@ -115,8 +116,35 @@ def test_a_run_goes_on_at_its_place(run_it: RunIt, shards: Path, tmp_path: Path)
         assert run_it(tmp_path / "stopped", stop_at=step, **options).exit_code == 130
     assert run_it(tmp_path / "stopped", **options).exit_code == 0
     same_run(tmp_path / "stopped", tmp_path / "straight")
-    state = json.loads((tmp_path / "straight/checkpoints/final/seedbed/state.json").read_text())
-    assert len(state["shard_rows"]) > 1
+    assert len(shard_rows(tmp_path / "straight")) > 1
+
+
+@pytest.mark.parametrize("change", [{"max_seq_len": 64}, {"val_split": 0.5}, {"packing": False}, {"seed": 7}])
+def test_a_branch_with_other_rows_counts_them_anew(
+    run_it: RunIt, shards: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    options = {**STREAMING, "data": str(shards), "max_seq_len": 16, "max_steps": 150}
+    run_it(tmp_path / "a", **options)
+    branch = {**options, "resume_from": str(tmp_path / "a/checkpoints/final"), "max_steps": 160}
+    run_it(tmp_path / "b", **{**branch, **change})
+    run_it(tmp_path / "straight", **{**options, **change, "max_steps": 160})
+    counted = [shard_rows(tmp_path / name) for name in ("b", "straight")]
+    assert counted[0] == counted[1] != shard_rows(tmp_path / "a")
+
+
+def test_a_branch_with_the_same_rows_does_not_count_them_anew(run_it: RunIt, shards: Path, tmp_path: Path) -> None:
+    options = {**STREAMING, "max_seq_len": 16, "max_steps": 150}
+    run_it(tmp_path / "a", data=str(shards), **options)
+    branch = {**options, "resume_from": str(tmp_path / "a/checkpoints/final"), "max_steps": 160, "learning_rate": 1e-4}
+    job = build(tmp_path / "b", shards, **branch)
+    assert isinstance(job.rows, StreamedRows)
+    assert job.rows.found == shard_rows(tmp_path / "a")
+    assert len(job.rows.found) > 1
+
+
+def shard_rows(run: Path) -> list[int]:
+    rows: list[int] = json.loads((run / "checkpoints/final/seedbed/state.json").read_text())["shard_rows"]
+    return rows
 
 
 def test_what_a_run_held_out_is_of_the_shard_that_it_divided(

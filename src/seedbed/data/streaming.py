@@ -151,7 +151,12 @@ class StreamedRows:
     """
 
     def __init__(
-        self, num_shards: int, open_shard: Callable[[int], ShardRows], seed: int, wanted: Callable[[float], int]
+        self,
+        num_shards: int,
+        open_shard: Callable[[int], ShardRows],
+        seed: int,
+        wanted: Callable[[float], int],
+        layout: str = "",
     ) -> None:
         """
         Args:
@@ -159,8 +164,9 @@ class StreamedRows:
             open_shard: tokenizes a shard, or finds it tokenized, and gives its rows; the same at every call.
             seed: decides the order of the shards.
             wanted: how many rows the run takes, when a row has so many targets.
+            layout: fingerprint of what the numbers of the shards' rows depend on.
         """
-        self.num_shards, self._open_shard, self._seed = num_shards, open_shard, seed
+        self.num_shards, self._open_shard, self._seed, self.layout = num_shards, open_shard, seed, layout
         self._near: dict[int, ShardRows] = {}  # by place: the first shard of the first pass has place 0
         self._making: threading.Thread | None = None
         self.found: list[int] = []

@@ -70,7 +70,7 @@ def build_job(start: Start, display: Display) -> Job:
     optimizer = build_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     state = restore(start.checkpoint, model, optimizer, scaler)
-    if isinstance(made.rows, StreamedRows) and state.shard_rows:
+    if isinstance(made.rows, StreamedRows) and state.shard_layout == made.rows.layout:
         made.rows.found = list(state.shard_rows)
     tell_of_other_bits(display, state, {**envelope(device), "processes": distributed.size()})
     epochs, total_steps = length(config, made.rows)

@@ -341,7 +341,9 @@ def _stream(
             return ShardRows(NoRows(), None)
         return ShardRows(rows, store.path)
 
-    return StreamedRows(len(names), open_rows, training.seed, partial(_rows_wanted, training))
+    facts = (names, first.fingerprint(), *reading.key(), options.max_seq_len, options.packing, len(first_rows))
+    layout = hashlib.sha256(repr((*facts, training.seed)).encode()).hexdigest()
+    return StreamedRows(len(names), open_rows, training.seed, partial(_rows_wanted, training), layout)
 
 
 def _rows_wanted(training: TrainingOptions, targets: float) -> int:

@@ -156,7 +156,7 @@ class Saver:
         job, state = self._job, self._job.state
         state.seconds, state.scaler, state.records = self._watch.seconds, job.scaler.state_dict(), job.run.positions()
         if isinstance(job.rows, StreamedRows):
-            state.shard_rows = job.rows.found
+            state.shard_rows, state.shard_layout = job.rows.found, job.rows.layout
 
     def _link(self, whole: Path, folder: Path) -> None:
         link_checkpoint(whole, folder, self._job.state.to_json())

@@ -48,6 +48,8 @@ class TrainingState:
     """Rows at once, since more of them ran out of memory; None: as configured."""
     shard_rows: list[int] = field(default_factory=list)
     """Of a text that is streamed, the rows of the shards so far: where in them the run is."""
+    shard_layout: str = ""
+    """Fingerprint of what those numbers depend on."""
     forgetting: dict[str, float] = field(default_factory=dict)
     """How much worse each earlier domain is than when the run began, as a share; negative is better."""
     scaler: dict[str, Any] = field(default_factory=dict)
