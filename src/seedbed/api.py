@@ -30,6 +30,7 @@ from seedbed.generate import generate
 from seedbed.model.decoder import Decoder
 from seedbed.model.decoding import DecodingModel
 from seedbed.model.shape import contradictions
+from seedbed.runs.info import was_taught_to_answer
 from seedbed.text.template import find_template
 from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.run import run_training
@@ -147,7 +148,10 @@ class LanguageModel:
         """
         source = open_whole(str(data), document=document, text_column=text_column, format=format)
         length = min(1024, self.decoder.config.max_seq_len) if max_seq_len is None else max_seq_len
-        template = None if source.format == "text" else find_template(self.tokenizer, chat_template, source.format)
+        template = None
+        if source.format != "text":
+            taught = was_taught_to_answer(self.path)
+            template = find_template(self.tokenizer, chat_template, source.format, taught=taught)
         device = self.decoder.embed_tokens.weight.device
         with _ONE_AT_A_TIME, autocast(device, pick_precision(precision, device)):
             return evaluate(

@@ -701,6 +701,22 @@ def test_conversations_after_text_and_text_after_conversations(keep_it: RunIt, t
     assert "### Instruction" in (best(tmp_path / "second") / "chat_template.jinja").read_text()
 
 
+def test_completions_keep_the_template_that_they_were_taught_with(keep_it: RunIt, tmp_path: Path) -> None:
+    options = {"max_seq_len": 128, "method": "naive"}
+    keep_it(tmp_path / "first", data="completion", chat_template="chatml", **options)
+    keep_it(tmp_path / "second", data="code", model=str(tmp_path / "first"), **options)
+    _, completion, code = history_of(tmp_path / "second").stages
+    assert code.before["completion"].loss == pytest.approx(completion.after["completion"].loss)
+
+
+def test_the_rows_of_a_tuned_model_keep_its_template(keep_it: RunIt, tune_it: RunIt, tmp_path: Path) -> None:
+    options = {"max_seq_len": 128, "method": "naive"}
+    tuned = tune_it(tmp_path / "tuned", data="completion", chat_template="chatml", max_seq_len=128)
+    keep_it(tmp_path / "run", data="code", model=str(tmp_path / "tuned"), **options)
+    before = history_of(tmp_path / "run").stages[-1].before[BASE]
+    assert before.loss == pytest.approx(tuned.summary["best_val_loss"], rel=1e-4)
+
+
 def test_replayed_conversations_train_their_answers_only(keep_it: RunIt, keeping: Keeping, tmp_path: Path) -> None:
     keep_it(tmp_path / "first", data="alpaca", max_seq_len=128)
     job = build_job(keeping(tmp_path / "second", model=str(tmp_path / "first"), replay=0.3, max_seq_len=128))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -483,7 +484,13 @@ def test_from_python(pretrained: Make, questions: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "options"),
-    [("alpaca", {"augment_word_swap": True}), ("qa", {"lora": True}), ("chat", {"packing": False}), ("completion", {})],
+    [
+        ("alpaca", {"augment_word_swap": True}),
+        ("qa", {"lora": True}),
+        ("chat", {"packing": False}),
+        ("completion", {}),
+        ("completion", {"chat_template": "chatml"}),
+    ],
 )
 def test_evaluate_measures_what_validation_did(
     tune_it: RunIt, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: str, options: dict[str, Any]
@@ -494,6 +501,18 @@ def test_evaluate_measures_what_validation_did(
     facts = json.loads(capsys.readouterr().out)
     assert facts["nats_per_token"] == pytest.approx(outcome.summary["best_val_loss"], abs=1e-4)
     assert facts["bits_per_byte"] == pytest.approx(outcome.summary["bits_per_byte"], rel=1e-4)
+
+
+def test_completions_are_asked_for_as_they_were_taught(tune_it: RunIt, questions: Make, tmp_path: Path) -> None:
+    """A model from elsewhere is not known to have learnt them in its template."""
+    rows = str(questions("completion"))
+    outcome = tune_it(tmp_path / "run", data="completion", chat_template="chatml", val_data=rows)
+    model = seedbed.load(tmp_path / "run")
+    assert model.evaluate(rows).nats_per_token == pytest.approx(outcome.summary["best_val_loss"], abs=1e-4)
+    shutil.copytree(tmp_path / "run/checkpoints/best", tmp_path / "elsewhere")
+    elsewhere = seedbed.load(tmp_path / "elsewhere")
+    plain = elsewhere.evaluate(rows, chat_template="plain").nats_per_token
+    assert elsewhere.evaluate(rows).nats_per_token == plain != model.evaluate(rows).nats_per_token
 
 
 def test_validation_counts_each_target_once(pretrained: Make, questions: Make, tmp_path: Path) -> None:

@@ -15,9 +15,12 @@ from rich.console import Console
 
 from seedbed.cli.app import run
 from seedbed.config import FLAGS, Layer, resolve
+from seedbed.generate import generate
+from seedbed.judge import answers
 from seedbed.runs.folder import read_records, read_summary
+from seedbed.text.tokenizer import Tokenizer
 from seedbed.train.run import run_training
-from tests.runs.conftest import TUNING
+from tests.runs.conftest import TUNING, RunIt
 from tests.runs.processes import start_together, wait_for
 from tests.unit.judge.server import KEY, Answer, refuse, say, serving
 from tests.unit.judge.test_local import judge as make_judge
@@ -216,6 +219,21 @@ def test_a_damaged_summary_is_refused_before_anything_is_asked(tuned: Path, caps
         assert "metrics.json is not readable" in capsys.readouterr().err
         assert server.prompts == []
     assert (tuned / "metrics.json").read_text(encoding="utf-8") == "{"
+
+
+def test_completions_are_asked_for_as_they_were_taught(
+    tune_it: RunIt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune_it(tmp_path / "run", data="completion", chat_template="chatml", max_steps=1)
+    asked: list[str] = []
+
+    def heard(model: Any, tokenizer: Tokenizer, prompts: Any, *more: Any, **options: Any) -> Any:
+        asked.extend(map(tokenizer.decode, prompts))
+        return generate(model, tokenizer, prompts, *more, **options)
+
+    monkeypatch.setattr(answers, "generate", heard)
+    assert run(["judge", "--model", str(tmp_path / "run"), "--limit", "1", "--max_new_tokens", "4"]) == 0
+    assert asked[0].startswith("<|im_start|>user\nCount")
 
 
 def test_other_data_and_a_folder_that_is_no_run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,7 @@ from seedbed.cli.verb import Verb, noting, report, wrong_flags
 from seedbed.config import SamplingOptions
 from seedbed.disk import expanded
 from seedbed.errors import ConfigError, DataError
-from seedbed.runs.folder import read_summary
-from seedbed.runs.info import is_run, read_run, run_of
+from seedbed.runs.info import is_run, read_run, run_of, was_taught_to_answer
 from seedbed.text.template import find_template
 
 if TYPE_CHECKING:
@@ -118,7 +116,11 @@ def evaluate(
             raise ConfigError(f"--chat_template {chat_template} is for conversations, and this is text; leave it out")
         place = distributed.local_device(pick_device(device))
         decoder, tokenizer = load_model(model, str(place))
-        template = None if kind == "text" else find_template(tokenizer, chat_template, kind)
+        template = (
+            None
+            if kind == "text"
+            else find_template(tokenizer, chat_template, kind, taught=not data or was_taught_to_answer(Path(model)))
+        )
         console = make_console(as_json) if distributed.is_first() else Console(quiet=True)
         with autocast(place, pick_precision(precision, place)):
             result = _measure(decoder, tokenizer, documents, console, template, max_seq_len, stride, batch_size)
@@ -282,9 +284,7 @@ def generate(
 
 def _hint_at_chat(model: str) -> None:
     """Tell those who let a model continue text that was taught to answer."""
-    run = run_of(Path(model))
-    text = read_summary(run).get("text") if is_run(run) else None
-    if isinstance(text, Mapping) and text.get("conversations"):
+    if was_taught_to_answer(Path(model)):
         click.echo("This model was taught to answer; --chat asks it that way", err=True)
 
 

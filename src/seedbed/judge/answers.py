@@ -20,6 +20,7 @@ from seedbed.judge.questions import Question
 from seedbed.judge.references import chrf, exact_match
 from seedbed.judge.transcript import Transcript
 from seedbed.model.decoder import Decoder
+from seedbed.runs.info import was_taught_to_answer
 from seedbed.text.template import find_template
 from seedbed.text.tokenizer import Tokenizer
 
@@ -71,7 +72,11 @@ def answer_questions(
         MissingExtra: the library for the reference metrics is not installed.
     """
     decoder, tokenizer = load_model(folder, asking.device)
-    prompts = _prompts(tokenizer, questions, asking, template_source)
+    if tokenizer.chat_template is None and template_source is not None:
+        tokenizer = tokenizer.with_chat_template(template_source)
+    taught = was_taught_to_answer(folder)
+    template = find_template(tokenizer, asking.chat_template, asking.format, taught=taught)
+    prompts = [template.prompt_ids(question.messages) for question in questions]
     facts = json.dumps(["answer 1", weights_digest(decoder), asking.options.model_dump()])
     keys = [hashlib.sha256(f"{facts} {prompt}".encode()).hexdigest() for prompt in prompts]
     missing = {key: place for place, key in enumerate(keys) if not transcript.find(key)}
@@ -96,15 +101,6 @@ def weights_digest(model: Decoder) -> str:
         digest.update(f"{name} {weights.dtype} {list(weights.shape)}\n".encode())
         digest.update(weights.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _prompts(
-    tokenizer: Tokenizer, questions: Sequence[Question], asking: Asking, template_source: str | None
-) -> list[list[int]]:
-    if tokenizer.chat_template is None and template_source is not None:
-        tokenizer = tokenizer.with_chat_template(template_source)
-    template = find_template(tokenizer, asking.chat_template, asking.format)
-    return [template.prompt_ids(question.messages) for question in questions]
 
 
 def _write(model: Decoder, tokenizer: Tokenizer, asking: Asking, prompts: Sequence[list[int]]) -> list[tuple[str, str]]:

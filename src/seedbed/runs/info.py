@@ -58,6 +58,13 @@ def run_of(path: Path) -> Path:
     return above.parent if above.name == "checkpoints" and is_run(above.parent) else path
 
 
+def was_taught_to_answer(model: Path) -> bool:
+    """Whether a model is of a run that learnt conversations; its tokenizer then has the template it read them with."""
+    run = run_of(model)
+    text = read_summary(run).get("text") if is_run(run) else None
+    return isinstance(text, Mapping) and bool(text.get("conversations"))
+
+
 def read_run(path: str | Path) -> RunInfo:
     """The run in a folder, or around a checkpoint.
 

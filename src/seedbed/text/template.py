@@ -75,16 +75,17 @@ class Example:
     """What the assistant says: contents, and where a message has more to it all that the template writes of it."""
 
 
-def find_template(tokenizer: Tokenizer, choice: str | None, format: str) -> Template:
+def find_template(tokenizer: Tokenizer, choice: str | None, format: str, *, taught: bool = False) -> Template:
     """The template to read conversations of a format with.
 
     choice: `alpaca`, `qa`, `chatml`, `plain`, or the path of a .jinja file. None takes the tokenizer's own, and if
-        it has none the one of the format; prompts with completions are joined by `plain`, whatever the tokenizer has.
+        it has none the one of the format; prompts with completions are joined by `plain`, whatever the tokenizer has,
+        unless the model was `taught` with that.
 
     Raises ConfigError for a template that does not exist or is not Jinja.
     """
     assert format in OF_FORMAT, format
-    if choice is None and format != "completion" and tokenizer.chat_template is not None:
+    if choice is None and (taught or format != "completion") and tokenizer.chat_template is not None:
         return Template(tokenizer, "tokenizer", tokenizer.chat_template)
     name = choice or OF_FORMAT[format]
     if name in BUILT_IN:

@@ -19,7 +19,8 @@ from seedbed.device import Precision, autocast, pick_device
 from seedbed.errors import ConfigError
 from seedbed.generate import generate
 from seedbed.model.decoder import Decoder
-from seedbed.runs.history import read_documents, write_documents
+from seedbed.runs.history import BASE, Stage, read_documents, write_documents
+from seedbed.runs.info import was_taught_to_answer
 from seedbed.text.template import find_template
 from seedbed.train.continual.anchors import PredictionAnchor, WeightAnchor, diagonal_fisher
 from seedbed.train.continual.memory import FISHER_FILE, SELF_REPLAY_FILE, Memory
@@ -35,13 +36,14 @@ WRITTEN_AT_ONCE = 32
 FISHER_TOKENS = 8192  # of each domain
 
 
-def reading_of_stored(stage_format: str, reading: Reading) -> Reading:
-    """How stored documents of a format become tokens, where the run's own are read so."""
-    if stage_format == "text":
+def reading_of_stored(stage: Stage, reading: Reading) -> Reading:
+    """How the stored documents of a stage become tokens, where the run's own are read so."""
+    if stage.format == "text":
         return Reading(reading.tokenizer)
     if reading.template is not None:
         return reading
-    return Reading(reading.tokenizer, find_template(reading.tokenizer, None, stage_format))
+    taught = stage.domain != BASE or was_taught_to_answer(Path(stage.model))
+    return Reading(reading.tokenizer, find_template(reading.tokenizer, None, stage.format, taught=taught))
 
 
 def rows_with_replay(
@@ -58,7 +60,7 @@ def rows_with_replay(
     targets = replay_targets(new.num_targets, replay / (1 - self_replay), len(stored)) if stored else []
     parts = [new]
     for stage, num_targets in zip(stored, targets, strict=True):
-        reading = reading_of_stored(stage.format, prepared.reading)
+        reading = reading_of_stored(stage, prepared.reading)
         documents = memory.reserve(stage.domain)
         store = store_documents(documents, stage.format, reading, f"the reserve of {stage.domain}", display)
         if num_targets:

@@ -140,7 +140,7 @@ def _held_out_texts(memory: Memory, prepared: Prepared, display: Display) -> dic
     config, texts = prepared.config, {}
     for stage in memory.history.stages:
         if documents := memory.held_out(stage.domain):
-            reading = reading_of_stored(stage.format, prepared.reading)
+            reading = reading_of_stored(stage, prepared.reading)
             store = store_documents(documents, stage.format, reading, f"held-out {stage.domain}", display)
             texts[stage.domain] = validation_rows(store, config.data, config.training.seed)
     return texts
