@@ -24,7 +24,7 @@ from seedbed.lookup import Lookup
 from seedbed.model.decoder import Decoder
 from seedbed.model.decoding import DecodingModel, Rereading
 from seedbed.parallel import is_sharded
-from seedbed.sampling import next_tokens, uniform_rows
+from seedbed.sampling import looks_back, next_tokens, uniform_rows
 from seedbed.text.tokenizer import Tokenizer
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -142,13 +142,13 @@ def _take(
     for place, here in enumerate(logits.unbind(1)):  # (B, V) each
         if not any(going):
             break
-        history, real = _pad_left([row.lookup.tokens for row in rows])  # (B, T)
+        history, real = _pad_left([row.lookup.tokens if looks_back(options) else [] for row in rows])  # (B, T)
         draws = None if options.greedy else torch.tensor([row.draw() for row in rows]).to(here.device)
         chosen = next_tokens(here, history.to(here.device), real.to(here.device), options, draws).tolist()  # B
         for index in (index for index, goes in enumerate(going) if goes):
             row, token = rows[index], chosen[index]
             taken[index] += 1
-            text = row.add(token)
+            text = row.add(token, at_once=on_text is not None)
             if text and on_text:
                 on_text(row.index, text)
             going[index] = guesses[index][place : place + 1] == [token] and not row.finish_reason
@@ -201,14 +201,14 @@ class _Row:
     def _written(self) -> int:
         return len(self.lookup.tokens) - len(self.prompt_ids)
 
-    def add(self, token: int) -> str:
-        """Take the next token; give back the text that can be shown now."""
+    def add(self, token: int, *, at_once: bool) -> str:
+        """Take the next token; give back the text that can be shown now, or at the end all of it."""
         if token in self._stop_ids:
             self.finish_reason = "eos"
             text = ""
         else:
             self.lookup.add(token)
-            text = self._output.push(token)
+            text = self._output.push(token) if at_once or self._output.stop else self._output.hold(token)
         if self._output.stopped:
             self.finish_reason = "stop"
         elif self.finish_reason or self._written == self.limit:
@@ -274,7 +274,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, context_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stop = stop
+        self.stop = stop
         self._window = list(context_ids)
         self._context = len(self._window)  # tokens of the window whose text is complete and known
         self._read = len(self._decode())  # characters of the window's text already taken
@@ -294,6 +294,11 @@ class TextStream:
             self._read = len(self._decode())
         return self._release(new)
 
+    def hold(self, token: int) -> str:
+        """Take a token whose text may wait for `close`, where there is nothing to stop at."""
+        self._window.append(token)
+        return ""
+
     def close(self) -> str:
         """No more tokens: give back what was held, unfinished characters as U+FFFD."""
         text = self._release(self._decode()[self._read :])
@@ -306,12 +311,12 @@ class TextStream:
     def _release(self, new: str) -> str:
         """Text up to a stop string, or up to where one may have begun."""
         text = self._held + new
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True
             self._held = ""
             return text[: min(found)[1]]  # of the stop string that is complete first
-        cut = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+        cut = len(text) - max((_overlap(text, stop) for stop in self.stop), default=0)
         self._held = text[cut:]
         return text[:cut]
 

@@ -28,7 +28,7 @@ def next_tokens(
 
     Args:
         logits: (B, V) float32.
-        history: (B, T) tokens so far.
+        history: (B, T) tokens so far; not read unless the options `looks_back`.
         history_mask: (B, T) bool, false at padding.
         options: what to apply; values that change nothing cost nothing.
         uniform: (B,) float32 in [0, 1), one for each row (see `uniform_rows`); unused when greedy.
@@ -49,6 +49,11 @@ def next_tokens(
     if options.top_p < 1.0:
         logits = keep_top_p(logits, options.top_p)
     return draw(logits, uniform)
+
+
+def looks_back(options: SamplingOptions) -> bool:
+    """Whether the next token depends on those before it by more than the logits."""
+    return options.repetition_penalty != 1.0 or options.no_repeat_ngram > 0
 
 
 def penalise_repetition(logits: Tensor, history: Tensor, history_mask: Tensor, penalty: float) -> Tensor:
