@@ -80,6 +80,16 @@ def test_a_text_cut_by_length_shows_its_unfinished_character(model: Decoder, tok
     assert "".join(pieces) == completion.text
 
 
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED, GREEDY.model_copy(update={"max_new_tokens": 7})])
+def test_a_text_is_the_same_whether_it_is_watched_or_not(
+    model: Decoder, tokenizer: Tokenizer, options: SamplingOptions
+) -> None:
+    """Sampled ones have bytes that are no character, in the middle and at the end."""
+    prompts = ["", "Zwölf", POEM[:30], *["plain"] * 5]
+    watched = generate(model, tokenizer, prompts, options, on_text=lambda *_: None)
+    assert generate(model, tokenizer, prompts, options) == watched
+
+
 @pytest.mark.parametrize("stop", ["🌕", "den Mond", "t", "Eis, und", "你好!", "Zwölf"])
 def test_text_ends_before_a_stop_string(model: Decoder, tokenizer: Tokenizer, stop: str) -> None:
     pieces: list[str] = []
