@@ -148,10 +148,8 @@ class LanguageModel:
         """
         source = open_whole(str(data), document=document, text_column=text_column, format=format)
         length = min(1024, self.decoder.config.max_seq_len) if max_seq_len is None else max_seq_len
-        template = None
-        if source.format != "text":
-            taught = was_taught_to_answer(self.path)
-            template = find_template(self.tokenizer, chat_template, source.format, taught=taught)
+        taught, kind = was_taught_to_answer(self.path), source.format
+        template = None if kind == "text" else find_template(self.tokenizer, chat_template, kind, taught=taught)
         device = self.decoder.embed_tokens.weight.device
         with _ONE_AT_A_TIME, autocast(device, pick_precision(precision, device)):
             return evaluate(

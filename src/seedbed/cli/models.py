@@ -116,11 +116,8 @@ def evaluate(
             raise ConfigError(f"--chat_template {chat_template} is for conversations, and this is text; leave it out")
         place = distributed.local_device(pick_device(device))
         decoder, tokenizer = load_model(model, str(place))
-        template = (
-            None
-            if kind == "text"
-            else find_template(tokenizer, chat_template, kind, taught=not data or was_taught_to_answer(Path(model)))
-        )
+        taught = not data or was_taught_to_answer(Path(model))
+        template = None if kind == "text" else find_template(tokenizer, chat_template, kind, taught=taught)
         console = make_console(as_json) if distributed.is_first() else Console(quiet=True)
         with autocast(place, pick_precision(precision, place)):
             result = _measure(decoder, tokenizer, documents, console, template, max_seq_len, stride, batch_size)
